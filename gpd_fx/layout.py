@@ -1,0 +1,159 @@
+"""How one parameter of the student becomes a wide parameter of the dynamic teacher, and back.
+
+A widened dimension of size n holds N >= n unscaled copies of the student's slices, described by three vectors:
+
+    gather[j] in 0..n-1    the student's index that wide index j copies                  wide = student[gather]
+    keep[s]   in 0..N-1    where the student's own slice s lies, gather[keep[s]] == s    student = wide[keep]
+    alpha[j]  float64      its share where the dimension is contracted; the shares of the copies of one index sum to 1
+
+Nearly every `keep` is `arange(n)` (originals first), or the same within each group of a grouped layer. Such a slice is
+a `Cut`, a view, and needs no index on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KernelLayout:
+    """How a parameter is used as the weight of a conv or linear op; all sizes are those of the wide layer.
+
+    Storage order: conv `(g*o, i, *k)`, transposed conv `(g*i, o, *k)`, linear `(o, i)`. The canonical order, which
+    everything about branches is written in, is `(g, o, i, *k)`.
+    """
+
+    groups: int = 1
+    transposed: bool = False
+    student_groups: int = 1
+
+    def canonical_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The sizes `(g, o, i, *k)` of a weight stored with `shape`."""
+        first, second, *k = shape
+        first //= self.groups
+        return (self.groups, second, first, *k) if self.transposed else (self.groups, first, second, *k)
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """View a stored weight as `(g, o, i, *k)`."""
+        split = weight.unflatten(0, (self.groups, -1))
+        return split.transpose(1, 2) if self.transposed else split
+
+    def stored(self, kernel: Tensor) -> Tensor:
+        """Bring a canonical kernel back to its storage order; contiguous."""
+        return (kernel.transpose(1, 2) if self.transposed else kernel).flatten(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A slice of a dimension seen as `of` equal blocks: the first `blocks` of them, the first `length` of each."""
+
+    of: int
+    blocks: int
+    length: int
+
+    @staticmethod
+    def of_index(keep: Tensor, size: int) -> Cut | None:
+        """The cut that takes exactly the indices `keep` from a dimension of `size`, or None where there is none."""
+        index: list[int] = keep.tolist()
+        length = next((n for n, j in enumerate(index) if j != n), len(index))
+        if length == 0 or len(index) % length:
+            return None
+        blocks = len(index) // length
+        step = index[length] if blocks > 1 else size
+        if step == 0 or size % step or index != [b * step + j for b in range(blocks) for j in range(length)]:
+            return None
+        return Cut(size // step, blocks, length)
+
+
+Slice: TypeAlias = Cut | Tensor | None
+"""One dimension of a student's slice: a cut, an index, or the whole dimension."""
+
+
+def take(wide: Tensor, slices: Sequence[Slice], shape: Sequence[int]) -> Tensor:
+    """Slice each dimension of `wide`; a view where every slice is a cut and the blocks allow it."""
+    for dim in reversed(range(len(slices))):  # from the last, since a cut adds a dimension
+        part = slices[dim]
+        if isinstance(part, Tensor):
+            wide = wide.index_select(dim, part)
+        elif part is not None and part.of == 1:
+            wide = wide.narrow(dim, 0, part.length)
+        elif part is not None:
+            blocked = wide.unflatten(dim, (part.of, -1))
+            wide = blocked.narrow(dim, 0, part.blocks).narrow(dim + 1, 0, part.length)
+    return wide.reshape(tuple(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class ParamPlan:
+    """The widening of one parameter; one entry a dimension in `gather`, `keep` and `alpha`, None where nothing happens.
+
+    Attributes:
+        name: the student's (canonical) parameter name.
+        shape: the student's shape.
+        gather: int64 `[wide size]`, the student's index of each wide index.
+        keep: int64 `[student size]`, the wide index of each of the student's own slices.
+        alpha: float64 `[wide size]`, multiplied into the teacher's tensor.
+        kernel: how the parameter is used as a conv or linear weight; None where it is not (only) that: no branches.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    gather: tuple[Tensor | None, ...]
+    keep: tuple[Tensor | None, ...]
+    alpha: tuple[Tensor | None, ...]
+    kernel: KernelLayout | None = None
+
+    def __post_init__(self) -> None:
+        """Every tuple has one entry a dimension."""
+        for field in ("gather", "keep", "alpha"):
+            entries = getattr(self, field)
+            if len(entries) != len(self.shape):
+                raise ValueError(f"{self.name}: {field} has {len(entries)} entries for the shape {self.shape}")
+
+    @staticmethod
+    def identity(name: str, shape: Sequence[int], kernel: KernelLayout | None = None) -> ParamPlan:
+        """A plan that widens nothing."""
+        none = (None,) * len(shape)
+        return ParamPlan(name, tuple(shape), none, none, none, kernel)
+
+    @cached_property
+    def wide_shape(self) -> tuple[int, ...]:
+        """The shape of the wide parameter."""
+        return tuple(n if g is None else g.numel() for n, g in zip(self.shape, self.gather, strict=True))
+
+    @cached_property
+    def slices(self) -> tuple[Slice, ...]:
+        """`keep` with cuts in the place of regular indices."""
+        return tuple(
+            None if index is None else (Cut.of_index(index, size) or index)
+            for index, size in zip(self.keep, self.wide_shape, strict=True)
+        )
+
+    def widen(self, tensor: Tensor) -> Tensor:
+        """Copy the student's tensor along every widened dimension (no alpha)."""
+        for dim, index in enumerate(self.gather):
+            if index is not None:
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor
+
+    def scale(self, tensor: Tensor) -> Tensor:
+        """`tensor` times alpha along its dimensions; `tensor` itself where there is none."""
+        for dim, alpha in enumerate(self.alpha):
+            if alpha is not None:
+                tensor = tensor * along(alpha, dim, tensor.dim()).to(tensor.dtype).to(tensor.device)
+        return tensor
+
+    def student(self, tensor: Tensor) -> Tensor:
+        """The student's slice of a wide tensor."""
+        slices = tuple(s.to(tensor.device) if isinstance(s, Tensor) else s for s in self.slices)
+        return take(tensor, slices, self.shape)
+
+
+def along(vector: Tensor, dim: int, dims: int) -> Tensor:
+    """View `vector` so that it broadcasts along dimension `dim` of a tensor with `dims` dimensions."""
+    return vector.reshape((-1,) + (1,) * (dims - dim - 1))
