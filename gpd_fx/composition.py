@@ -1,0 +1,208 @@
+"""Every trainable parameter of a dynamic teacher, and the step that turns them into the tensors of both networks.
+
+    M = W + sum_b v_b[o] T_b(theta_b)      teacher: alpha[i] M      student: M[slice]
+
+The keys of the state dict are `weights.<name>` for W and `branches.<name>.<branch>.<tensor>` for v and theta, where
+<name> is the student's name of the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpd_fx.branches import MAIN, BranchKind, Sizes, find_kind, random_tensor, resolve_branches
+from gpd_fx.errors import ArgumentError
+from gpd_fx.kernels.compose import Layer, Term, compose
+from gpd_fx.layout import ParamPlan, Slice
+
+
+class Tree(nn.Module):
+    """A bare container, so that dotted names become state-dict keys."""
+
+    def grow(self, path: Sequence[str]) -> Tree:
+        """The container at `path` below this one, made where it is missing."""
+        tree = self
+        for part in path:
+            if part not in tree._modules:
+                tree.add_module(part, Tree())
+            below = tree._modules[part]
+            assert isinstance(below, Tree)
+            tree = below
+        return tree
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A branch of one parameter: where its tensors lie, and their names."""
+
+    kind: BranchKind
+    tree: Tree
+    names: tuple[str, ...]
+
+
+@dataclass
+class _Slot:
+    """A parameter with its plan; `alpha`, `slices` and `fixed` follow the parameter's dtype and device."""
+
+    plan: ParamPlan
+    owner: Tree
+    leaf: str
+    sizes: Sizes | None
+    branches: tuple[_Branch, ...]
+    alpha: tuple[Tensor | None, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    fixed: tuple[dict[str, Tensor], ...] = ()
+
+    def prepare(self) -> None:
+        """Make the constants anew from the plan's, which are exact."""
+        weight = self.weight()
+        plan = self.plan
+        self.alpha = tuple(None if a is None else a.to(weight.dtype).to(weight.device) for a in plan.alpha)
+        self.slices = tuple(s.to(weight.device) if isinstance(s, Tensor) else s for s in plan.slices)
+        if self.sizes is not None:
+            sizes = self.sizes
+            self.fixed = tuple(
+                {name: t.to(weight.dtype).to(weight.device) for name, t in branch.kind.fixed(sizes).items()}
+                for branch in self.branches
+            )
+
+    def weight(self) -> Tensor:
+        """The parameter itself, or what stands in for it during a `functional_call`."""
+        return getattr(self.owner, self.leaf)
+
+    def layer(self) -> Layer:
+        """What `compose` takes: the parameter, its terms and its constants."""
+        plan = self.plan
+        terms: list[Term] = []
+        if self.sizes is not None:
+            for branch, fixed in zip(self.branches, self.fixed, strict=True):
+                theta: dict[str, Tensor] = {name: getattr(branch.tree, name) for name in branch.names}
+                scale = theta.pop("v").unflatten(0, self.sizes[:2])
+                terms += branch.kind.terms(scale, {**theta, **fixed})
+        return Layer(self.weight(), plan.kernel, tuple(terms), self.alpha, self.slices, plan.shape)
+
+
+class Composition(nn.Module):
+    """The parameters of a dynamic teacher; calling it gives the tensors of both networks by the student's names.
+
+    Args:
+        plans: one a parameter of the student, with its canonical name.
+        tensors: the student's values by that name; they are copied.
+        requires_grad: by the same name; a frozen weight gets no branches. A missing name means True.
+        branches: what `resolve_branches` takes.
+        seed: of the random branch tensors; each depends on the seed, the parameter's name and the branch, not on order.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[ParamPlan],
+        tensors: Mapping[str, Tensor],
+        requires_grad: Mapping[str, bool],
+        branches: str | Sequence[str] | None = "orepa",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.skipped: dict[str, dict[str, str]] = {}
+        self.weights = Tree()
+        self.branches = Tree()
+        kinds = [find_kind(name) for name in resolve_branches(branches) if name != MAIN]
+        self._slots = [self._add(plan, tensors, requires_grad, kinds, seed) for plan in plans]
+        self.refresh()
+        self.register_load_state_dict_post_hook(_after_load)  # assign=True may change dtypes
+
+    def _add(
+        self,
+        plan: ParamPlan,
+        tensors: Mapping[str, Tensor],
+        requires_grad: Mapping[str, bool],
+        kinds: Sequence[BranchKind],
+        seed: int,
+    ) -> _Slot:
+        tensor = tensors[plan.name].detach()
+        if tuple(tensor.shape) != plan.shape:
+            raise ArgumentError(f"{plan.name} has shape {tuple(tensor.shape)}, its plan was made for {plan.shape}")
+        wide = plan.widen(tensor)
+        wide = wide.clone() if wide is tensor else wide
+        trainable = requires_grad.get(plan.name, True) and wide.is_floating_point()
+        *path, leaf = plan.name.split(".")
+        owner = self.weights.grow(path)
+        owner.register_parameter(leaf, nn.Parameter(wide, requires_grad=trainable))
+        slot = _Slot(plan, owner, leaf, None, ())
+        if plan.kernel is None:
+            return slot
+        slot.sizes = Sizes.of(plan.kernel, plan.wide_shape)
+        fitting: list[_Branch] = []
+        for kind in kinds:
+            reason = kind.fits(slot.sizes) if trainable else "the weight is frozen (requires_grad is False)"
+            if reason is not None:
+                self.skipped.setdefault(plan.name, {})[kind.name] = reason
+                continue
+            tree = self.branches.grow([*path, leaf, kind.identifier])
+            tree.register_parameter("v", nn.Parameter(wide.new_zeros(slot.sizes.groups * slot.sizes.outputs)))
+            theta = kind.theta(slot.sizes)
+            for name, init in theta.items():
+                values = random_tensor(f"{seed}/{plan.name}/{kind.name}/{name}", init, wide)
+                tree.register_parameter(name, nn.Parameter(values))
+            fitting.append(_Branch(kind, tree, ("v", *theta)))
+        slot.branches = tuple(fitting)
+        return slot
+
+    @property
+    def plans(self) -> tuple[ParamPlan, ...]:
+        """The plans, in the order given."""
+        return tuple(slot.plan for slot in self._slots)
+
+    def branch_names(self, name: str) -> tuple[str, ...]:
+        """The branches that the parameter called `name` has; empty where it is no conv or linear weight."""
+        for slot in self._slots:
+            if slot.plan.name == name:
+                return () if slot.sizes is None else (MAIN, *(branch.kind.name for branch in slot.branches))
+        raise ArgumentError(f"there is no parameter {name!r} in this composition")
+
+    def forward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The teacher's tensors, alpha included, and the student's, from one composition."""
+        teacher, student = compose([slot.layer() for slot in self._slots])
+        return self._named(teacher), self._named(student)
+
+    def teacher(self) -> dict[str, Tensor]:
+        """Only the teacher's tensors, alpha included."""
+        return self._named(compose([slot.layer() for slot in self._slots], student=False)[0])
+
+    def student(self) -> dict[str, Tensor]:
+        """Only the student's tensors."""
+        return self._named(compose([slot.layer() for slot in self._slots], teacher=False)[1])
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """The wide kernels M, before alpha: new tensors without a gradient."""
+        layers = [replace(slot.layer(), alpha=()) for slot in self._slots]
+        wide, _ = compose(layers, student=False)
+        return self._named([m.clone() if m is layer.weight else m for m, layer in zip(wide, layers, strict=True)])
+
+    def extra_repr(self) -> str:
+        extra = sum(len(slot.branches) for slot in self._slots)
+        return f"{len(self._slots)} parameters, {extra} extra branches"
+
+    def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {slot.plan.name: tensor for slot, tensor in zip(self._slots, tensors, strict=True)}
+
+    def refresh(self) -> None:
+        """Bring the constants to the dtype and device of the parameters; done after every move and load."""
+        for slot in self._slots:
+            slot.prepare()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Composition:
+        super()._apply(fn, recurse)
+        self.refresh()
+        return self
+
+
+def _after_load(module: nn.Module, incompatible: object) -> None:
+    del incompatible
+    assert isinstance(module, Composition)
+    module.refresh()

@@ -1,0 +1,157 @@
+"""Give every conv and linear weight of a graph its branches, without changing the function.
+
+    before    w = get_attr(name)                  y = conv(x, w)
+    after     both = composition()                # (teacher's tensors, student's tensors) by name
+              w = both[0][name]                   y = conv(x, w)
+
+Nothing is widened, so the two sets of tensors are the same. A weight that is used more than once, also as something
+else than a weight, is replaced everywhere, and so is one with several names: it stays tied.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gpd_fx.branches import MAIN, resolve_branches
+from gpd_fx.composition import Composition
+from gpd_fx.errors import PassError
+from gpd_fx.layout import KernelLayout, ParamPlan
+from gpd_fx.passes.base import Pass, PassResult
+
+aten = torch.ops.aten
+
+# op -> (is it transposed, where its number of groups stands); the weight is argument 1 of each
+WEIGHTED: dict[Callable[..., Any], tuple[bool, int | None]] = {
+    aten.linear.default: (False, None),
+    aten.conv1d.default: (False, 6),
+    aten.conv2d.default: (False, 6),
+    aten.conv3d.default: (False, 6),
+    aten.conv1d.padding: (False, 6),
+    aten.conv2d.padding: (False, 6),
+    aten.conv3d.padding: (False, 6),
+    aten.conv_transpose1d.default: (True, 6),
+    aten.conv_transpose2d.input: (True, 6),
+    aten.conv_transpose3d.input: (True, 6),
+}
+ALIASES = "gpd_fx_aliases"
+"""Key in the meta of the composition's node: every name of each parameter that it replaced."""
+
+
+def find_composition(module: fx.GraphModule) -> fx.Node | None:
+    """The node that calls the graph's composition, or None."""
+    for node in module.graph.find_nodes(op="call_module", target="composition"):
+        if isinstance(module.get_submodule("composition"), Composition):
+            return node
+    return None
+
+
+def weight_layout(node: fx.Node) -> tuple[fx.Node, KernelLayout] | None:
+    """The node of the weight that a conv or linear node uses, and how it does; None for another node."""
+    if node.op != "call_function" or node.target not in WEIGHTED:
+        return None
+    transposed, at = WEIGHTED[node.target]  # pyright: ignore[reportArgumentType]  found there a line above
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if not isinstance(weight, fx.Node):
+        return None
+    groups = 1
+    if at is not None:
+        groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
+    assert isinstance(groups, int)
+    return weight, KernelLayout(groups, transposed, groups)
+
+
+@dataclass(frozen=True)
+class Branch(Pass):
+    """Adds a submodule `composition` that holds each conv and linear weight with its branches.
+
+    Attributes:
+        branches: as for `gpd_fx.expand`: "orepa", None, or a list of names.
+        seed: of the branches' random tensors.
+    """
+
+    branches: str | Sequence[str] | None = "orepa"
+    seed: int = 0
+
+    def requires(self, module: fx.GraphModule) -> None:
+        resolve_branches(self.branches)
+        if find_composition(module) is not None:
+            raise PassError("Branch: the graph has branches already; run the pass Merge first")
+        if hasattr(module, "composition"):
+            raise PassError(
+                "Branch: the graph module has an attribute `composition`, which the pass adds; rename yours"
+            )
+
+    def run(self, module: fx.GraphModule) -> PassResult:
+        names = resolve_branches(self.branches)
+        layouts = _layouts(module)
+        if names == (MAIN,) or not layouts:
+            note = "no extra branch was asked for" if layouts else "no conv or linear op uses a parameter as its weight"
+            return PassResult(module, False, (note,))
+        module = copy.deepcopy(module)
+        aliases = _aliases(module, layouts)
+        parameters = {name: module.get_parameter(name) for name in layouts}
+        composition = Composition(
+            [ParamPlan.identity(name, p.shape, layouts[name]) for name, p in parameters.items()],
+            parameters,
+            {name: p.requires_grad for name, p in parameters.items()},
+            names,
+            self.seed,
+        )
+        module.add_submodule("composition", composition)
+        _insert(module, aliases)
+        for name in (alias for group in aliases.values() for alias in group):
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)
+        module.recompile()
+        notes = [f"{name}: {branch} left out, {why}" for name, skipped in composition.skipped.items()
+                 for branch, why in skipped.items()]  # fmt: skip
+        return PassResult(module, True, (str(composition.extra_repr()), *notes))
+
+
+def _layouts(module: fx.GraphModule) -> dict[str, KernelLayout]:
+    """The parameters used as weights, by the first name of each, with the layout of the first use."""
+    first = {id(p): name for name, p in module.named_parameters()}
+    found: dict[str, KernelLayout] = {}
+    for node in module.graph.nodes:
+        use = weight_layout(node)
+        if use is not None and use[0].op == "get_attr":
+            tensor = operator.attrgetter(str(use[0].target))(module)
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                found.setdefault(first[id(tensor)], use[1])
+    return found
+
+
+def _aliases(module: fx.GraphModule, names: Sequence[str] | dict[str, KernelLayout]) -> dict[str, tuple[str, ...]]:
+    """Every name of each parameter in `names`."""
+    everywhere: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        everywhere.setdefault(id(p), []).append(name)
+    return {name: tuple(everywhere[id(module.get_parameter(name))]) for name in names}
+
+
+def _insert(module: fx.GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:
+    """Call the composition before everything else, and take the weights from it."""
+    graph = module.graph
+    canonical = {alias: name for name, group in aliases.items() for alias in group}
+    start = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(start):
+        both = graph.call_module("composition")
+        both.meta[ALIASES] = aliases
+        teacher = graph.call_function(operator.getitem, (both, 0))
+        taken: dict[str, fx.Node] = {}
+        for node in graph.find_nodes(op="get_attr"):
+            name = canonical.get(str(node.target))
+            if name is None:
+                continue
+            if name not in taken:
+                taken[name] = graph.call_function(operator.getitem, (teacher, name))
+                taken[name].meta.update(node.meta)
+            node.replace_all_uses_with(taken[name])
+            graph.erase_node(node)
