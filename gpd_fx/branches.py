@@ -90,7 +90,7 @@ class BranchKind(ABC):
 
     @abstractmethod
     def theta(self, sizes: Sizes) -> dict[str, Init]:
-        """The random trainable tensors."""
+        """The random trainable tensors; the first dimension is the groups', merged with the next in the parameter."""
 
     def fixed(self, sizes: Sizes) -> dict[str, Tensor]:
         """The tensors that are not trained, float64 on the CPU."""

@@ -81,9 +81,9 @@ class _Slot:
         terms: list[Term] = []
         if self.sizes is not None:
             for branch, fixed in zip(self.branches, self.fixed, strict=True):
-                theta: dict[str, Tensor] = {name: getattr(branch.tree, name) for name in branch.names}
-                scale = theta.pop("v").unflatten(0, self.sizes[:2])
-                terms += branch.kind.terms(scale, {**theta, **fixed})
+                split = (self.sizes.groups, -1)
+                theta: dict[str, Tensor] = {n: getattr(branch.tree, n).unflatten(0, split) for n in branch.names}
+                terms += branch.kind.terms(theta.pop("v"), {**theta, **fixed})
         return Layer(self.weight(), plan.kernel, tuple(terms), self.alpha, self.slices, plan.shape)
 
 
@@ -146,7 +146,8 @@ class Composition(nn.Module):
             tree.register_parameter("v", nn.Parameter(wide.new_zeros(slot.sizes.groups * slot.sizes.outputs)))
             theta = kind.theta(slot.sizes)
             for name, init in theta.items():
-                values = random_tensor(f"{seed}/{plan.name}/{kind.name}/{name}", init, wide)
+                # without the dimension of groups: `to(memory_format=channels_last)` fails on five dimensions
+                values = random_tensor(f"{seed}/{plan.name}/{kind.name}/{name}", init, wide).flatten(0, 1)
                 tree.register_parameter(name, nn.Parameter(values))
             fitting.append(_Branch(kind, tree, ("v", *theta)))
         slot.branches = tuple(fitting)

@@ -17,6 +17,7 @@ kernel over the flat list of layers can take the place of `compose`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -103,7 +104,9 @@ def compose(layers: Sequence[Layer], teacher: bool = True, student: bool = True)
     if not layers:
         return wide, narrow
     # a sum rounded to bf16 would lose what the branches learn: autocast may round what comes out, not what goes in
-    with torch.autocast(layers[0].weight.device.type, enabled=False):
+    device = layers[0].weight.device.type
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    with torch.autocast(device, enabled=False) if available else contextlib.nullcontext():
         for layer in layers:
             kernel = merge(layer)
             if student:

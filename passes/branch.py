@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class Branch(Pass):
         _insert(module, aliases)
         for name in (alias for group in aliases.values() for alias in group):
             owner, _, leaf = name.rpartition(".")
-            delattr(module.get_submodule(owner), leaf)
+            setattr(module.get_submodule(owner), leaf, None)  # an empty place, so that Merge restores the order of keys
         module.recompile()
         notes = [f"{name}: {branch} left out, {why}" for name, skipped in composition.skipped.items()
                  for branch, why in skipped.items()]  # fmt: skip
@@ -128,7 +128,7 @@ def _layouts(module: fx.GraphModule) -> dict[str, KernelLayout]:
     return found
 
 
-def _aliases(module: fx.GraphModule, names: Sequence[str] | dict[str, KernelLayout]) -> dict[str, tuple[str, ...]]:
+def _aliases(module: fx.GraphModule, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Every name of each parameter in `names`."""
     everywhere: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
@@ -140,18 +140,18 @@ def _insert(module: fx.GraphModule, aliases: dict[str, tuple[str, ...]]) -> None
     """Call the composition before everything else, and take the weights from it."""
     graph = module.graph
     canonical = {alias: name for name, group in aliases.items() for alias in group}
+    replaced = [node for node in graph.find_nodes(op="get_attr") if str(node.target) in canonical]
+    taken: dict[str, fx.Node] = {}
     start = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(start):
+    with graph.inserting_before(start):  # `start` may be one of those replaced, so nothing is erased yet
         both = graph.call_module("composition")
         both.meta[ALIASES] = aliases
         teacher = graph.call_function(operator.getitem, (both, 0))
-        taken: dict[str, fx.Node] = {}
-        for node in graph.find_nodes(op="get_attr"):
-            name = canonical.get(str(node.target))
-            if name is None:
-                continue
+        for node in replaced:
+            name = canonical[str(node.target)]
             if name not in taken:
                 taken[name] = graph.call_function(operator.getitem, (teacher, name))
                 taken[name].meta.update(node.meta)
-            node.replace_all_uses_with(taken[name])
-            graph.erase_node(node)
+    for node in replaced:
+        node.replace_all_uses_with(taken[canonical[str(node.target)]])
+        graph.erase_node(node)
