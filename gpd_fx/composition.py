@@ -22,18 +22,18 @@ from gpd_fx.layout import ParamPlan, Slice
 
 
 class Tree(nn.Module):
-    """A bare container, so that dotted names become state-dict keys."""
+    """A bare container, so that dotted names become state-dict keys; without attributes that a name could clash with."""
 
-    def grow(self, path: Sequence[str]) -> Tree:
-        """The container at `path` below this one, made where it is missing."""
-        tree = self
-        for part in path:
-            if part not in tree._modules:
-                tree.add_module(part, Tree())
-            below = tree._modules[part]
-            assert isinstance(below, Tree)
-            tree = below
-        return tree
+
+def _grow(tree: nn.Module, path: Sequence[str]) -> nn.Module:
+    """The container at `path` below `tree`, made where it is missing."""
+    for part in path:
+        below = dict(tree.named_children()).get(part)
+        if below is None:
+            below = Tree()
+            tree.add_module(part, below)
+        tree = below
+    return tree
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Branch:
     """A branch of one parameter: where its tensors lie, and their names."""
 
     kind: BranchKind
-    tree: Tree
+    tree: nn.Module
     names: tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ class _Slot:
     """A parameter with its plan; `alpha`, `slices` and `fixed` follow the parameter's dtype and device."""
 
     plan: ParamPlan
-    owner: Tree
+    owner: nn.Module
     leaf: str
     sizes: Sizes | None
     branches: tuple[_Branch, ...]
@@ -130,7 +130,7 @@ class Composition(nn.Module):
         wide = wide.clone() if wide is tensor else wide
         trainable = requires_grad.get(plan.name, True) and wide.is_floating_point()
         *path, leaf = plan.name.split(".")
-        owner = self.weights.grow(path)
+        owner = _grow(self.weights, path)
         owner.register_parameter(leaf, nn.Parameter(wide, requires_grad=trainable))
         slot = _Slot(plan, owner, leaf, None, ())
         if plan.kernel is None:
@@ -142,7 +142,7 @@ class Composition(nn.Module):
             if reason is not None:
                 self.skipped.setdefault(plan.name, {})[kind.name] = reason
                 continue
-            tree = self.branches.grow([*path, leaf, kind.identifier])
+            tree = _grow(self.branches, [*path, leaf, kind.identifier])
             tree.register_parameter("v", nn.Parameter(wide.new_zeros(slot.sizes.groups * slot.sizes.outputs)))
             theta = kind.theta(slot.sizes)
             for name, init in theta.items():

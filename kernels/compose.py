@@ -105,8 +105,7 @@ def compose(layers: Sequence[Layer], teacher: bool = True, student: bool = True)
         return wide, narrow
     # a sum rounded to bf16 would lose what the branches learn: autocast may round what comes out, not what goes in
     device = layers[0].weight.device.type
-    available = torch.amp.is_autocast_available(device)  # not on the meta device
-    with torch.autocast(device, enabled=False) if available else contextlib.nullcontext():
+    with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # meta has none
         for layer in layers:
             kernel = merge(layer)
             if student:

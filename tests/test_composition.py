@@ -353,6 +353,14 @@ def test_integer_tensors_are_not_trained() -> None:
     assert not composition.weights.get_parameter("table").requires_grad
 
 
+def test_names_that_methods_could_have() -> None:
+    names = ["grow.weight", "layer.weights.plan", "refresh.0.merged", "branches.v", "items.keys"]
+    composition = Composition([ParamPlan.identity(n, (2, 3), KernelLayout()) for n in names],
+                              {n: torch.zeros(2, 3) for n in names}, {})  # fmt: skip
+    assert {key for key in composition.state_dict() if key.startswith("weights.")} == {f"weights.{n}" for n in names}
+    assert list(composition.teacher()) == names
+
+
 def test_a_tensor_of_another_shape_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"w has shape \(2,\), its plan was made for \(3,\)"):
         Composition([ParamPlan.identity("w", (3,))], {"w": torch.zeros(2)}, {})
