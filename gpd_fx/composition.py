@@ -22,7 +22,7 @@ from gpd_fx.layout import ParamPlan, Slice
 
 
 class Tree(nn.Module):
-    """A bare container, so that dotted names become state-dict keys; without attributes that a name could clash with."""
+    """A bare container: dotted names become state-dict keys, and no attribute of ours can clash with one."""
 
 
 def _grow(tree: nn.Module, path: Sequence[str]) -> nn.Module:
