@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from gpd_fx.errors import ArgumentError, ExportError, InputError
 from gpd_fx.files import output_path, publish, staging
 from gpd_fx.flat import FlatModule, draw
+from gpd_fx.inputs import prepare
+from gpd_fx.verify import relative_error
 
 _ATTEMPTS: Final[tuple[tuple[str, dict[str, bool]], ...]] = (
     ("dynamo", {"dynamo": True, "optimize": True}),
@@ -79,7 +81,7 @@ class _Batch:
 def export_onnx(
     student: nn.Module,
     path: str | os.PathLike[str],
-    example_inputs: Sequence[Any] | Tensor | None = None,
+    example_inputs: Sequence[Any] | None = None,
     *,
     verify: bool = True,
     tolerance: float = 1e-4,
@@ -159,15 +161,10 @@ def _need(*packages: str) -> list[ModuleType]:
 
 
 def _prepare(
-    student: nn.Module, example_inputs: Sequence[Any] | Tensor | None, example_kwargs: Mapping[str, Any] | None
+    student: nn.Module, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
 ) -> tuple[FlatModule, tuple[Tensor, ...]]:
     """A copy of the module on the CPU in eval mode with flat inputs, and an example with a batch of 2 or 3."""
-    if example_inputs is None and not example_kwargs:
-        from gpd_fx.inputs import example_inputs as infer
-
-        example_inputs = infer(student)
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
+    args, kwargs = prepare(student, example_inputs, example_kwargs)
     try:
         duplicate = copy.deepcopy(student).cpu().eval()
     except Exception as error:
@@ -175,7 +172,7 @@ def _prepare(
             f"{type(student).__name__} cannot be copied ({_one_line(error)}); every tensor in it must be a parameter, "
             "a buffer or free of gradient history"
         ) from error
-    flat = FlatModule(duplicate, tuple(example_inputs or ()), dict(example_kwargs or {}))
+    flat = FlatModule(duplicate, args, kwargs)
     if not flat.example:
         raise InputError("the example inputs hold no tensor; pass the arguments of one call, such as (images,)")
     inputs = flat.resize(_rows(flat))
@@ -299,19 +296,6 @@ def _run(session: Any, feeds: dict[str, Tensor]) -> list[Tensor]:
     wanted = {entry.name for entry in session.get_inputs()}  # an exporter may drop an input that nothing reads
     results = session.run(None, {name: tensor.numpy() for name, tensor in feeds.items() if name in wanted})
     return [torch.as_tensor(result) for result in results]
-
-
-def relative_error(expected: Tensor, actual: Tensor) -> float:
-    """Max |difference| / max |expected|; infinite for another shape, for NaN, and for infinities that differ."""
-    if expected.shape != actual.shape:
-        return float("inf")
-    ours, theirs = expected.detach().double(), actual.detach().double()
-    difference = torch.where(ours == theirs, 0.0, (ours - theirs).abs())  # equal infinities differ by nothing
-    if difference.numel() == 0 or not difference.any():  # NaN counts as true
-        return 0.0
-    scale = torch.where(ours.isfinite(), ours.abs(), 0.0).max()
-    error = float(difference.max() / scale)  # max() returns NaN where there is one
-    return error if error == error else float("inf")
 
 
 def _one_line(error: BaseException) -> str:

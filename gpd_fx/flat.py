@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]  torch has no public name for it
+from torch.utils import _pytree as pytree
 
 
 class FlatModule(nn.Module):

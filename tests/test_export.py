@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gpd_fx import export
 from gpd_fx.errors import ArgumentError, ExportError, InputError
-from gpd_fx.export import export_onnx, relative_error
+from gpd_fx.export import export_onnx
 from gpd_fx.flat import draw
 
 Randomise = Callable[[nn.Module], nn.Module]
@@ -107,7 +107,7 @@ def test_the_module_is_left_as_it_was(tmp_path: Path, randomise: Randomise) -> N
     before, modes = state(module), {name: part.training for name, part in module.named_modules()}
     example = torch.randn(2, 3, 8, 8)
     kept = example.clone()
-    export_onnx(module, tmp_path / "student.onnx", example)
+    export_onnx(module, tmp_path / "student.onnx", (example,))
     after = module.state_dict()
     assert {name: part.training for name, part in module.named_modules()} == modes
     assert list(after) == list(before)
@@ -162,9 +162,8 @@ def test_any_example_batch_gives_a_free_batch(tmp_path: Path, batch: int) -> Non
 
 
 def test_float64(tmp_path: Path, randomise: Randomise) -> None:
-    report = export_onnx(
-        randomise(nn.Sequential(nn.Linear(4, 3))).double(), tmp_path / "d.onnx", torch.randn(2, 4).double()
-    )
+    module = randomise(nn.Sequential(nn.Linear(4, 3))).double()
+    report = export_onnx(module, tmp_path / "d.onnx", (torch.randn(2, 4, dtype=torch.float64),))
     assert report.max_error is not None
     assert report.max_error < 1e-12
 
@@ -297,24 +296,6 @@ def test_bad_paths_and_inputs(tmp_path: Path) -> None:
         export_onnx(nn.Linear(4, 3), tmp_path / "a.onnx", (3,))
     with pytest.raises(InputError, match=r"Linear.*\(2, 5\)"):
         export_onnx(nn.Linear(4, 3), tmp_path / "a.onnx", (torch.randn(2, 5),))
-
-
-def test_relative_error_is_not_fooled() -> None:
-    nan, inf = float("nan"), float("inf")
-    assert relative_error(torch.tensor([1.0, -4.0]), torch.tensor([1.0, -3.0])) == 0.25
-    assert relative_error(torch.tensor([inf, 2.0]), torch.tensor([inf, 1.0])) == 0.5
-    assert relative_error(torch.tensor([3, 4]), torch.tensor([3, 4])) == 0.0
-    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
-    for ours, theirs in [
-        ([1.0], [nan]),
-        ([nan], [1.0]),
-        ([nan], [nan]),
-        ([inf], [-inf]),
-        ([inf], [1.0]),
-        ([0.0], [1e-9]),
-    ]:
-        assert relative_error(torch.tensor(ours), torch.tensor(theirs)) == inf
-    assert relative_error(torch.ones(2), torch.ones(3)) == inf
 
 
 def test_random_inputs_stay_in_the_examples_range() -> None:
