@@ -25,7 +25,7 @@ class Tree(nn.Module):
     """A bare container: dotted names become state-dict keys, and no attribute of ours can clash with one."""
 
 
-def _grow(tree: nn.Module, path: Sequence[str]) -> nn.Module:
+def grow(tree: nn.Module, path: Sequence[str]) -> nn.Module:
     """The container at `path` below `tree`, made where it is missing."""
     for part in path:
         below = dict(tree.named_children()).get(part)
@@ -130,7 +130,7 @@ class Composition(nn.Module):
         wide = wide.clone() if wide is tensor else wide
         trainable = requires_grad.get(plan.name, True) and wide.is_floating_point()
         *path, leaf = plan.name.split(".")
-        owner = _grow(self.weights, path)
+        owner = grow(self.weights, path)
         owner.register_parameter(leaf, nn.Parameter(wide, requires_grad=trainable))
         slot = _Slot(plan, owner, leaf, None, ())
         if plan.kernel is None:
@@ -142,7 +142,7 @@ class Composition(nn.Module):
             if reason is not None:
                 self.skipped.setdefault(plan.name, {})[kind.name] = reason
                 continue
-            tree = _grow(self.branches, [*path, leaf, kind.identifier])
+            tree = grow(self.branches, [*path, leaf, kind.identifier])
             tree.register_parameter("v", nn.Parameter(wide.new_zeros(slot.sizes.groups * slot.sizes.outputs)))
             theta = kind.theta(slot.sizes)
             for name, init in theta.items():

@@ -1,0 +1,436 @@
+"""Axis expressions: which channels of which tensors are the same channels.
+
+An axis of a tensor is an expression over *atoms*. An `Expr` is a row-major product of factors, outermost first:
+
+    int     a frozen extent; its elements are never copied
+    Atom    an extent that may be widened
+    Cat     a concatenation of expressions
+
+`()` is the axis of size one. Atoms live in a union-find whose links are refinements: an atom may turn out to be another
+atom (residual sum), a product (reshape, convolution groups) or a concatenation (cat, split), and it is that everywhere
+it occurs. A frozen atom is one that is refined to its size. Every operation of `AxisSolver` only adds knowledge, so the
+analysis of a graph terminates. Whatever two expressions cannot agree on is frozen, which is always right: a frozen
+extent stays as it is in the model.
+
+After planning, `Copies` says for each widened atom which original channel each wide channel holds, and with which share
+alpha of the channel it enters a contraction; `Widening` extends both to expressions.
+
+The idea follows the sharding propagation of OpenXLA Shardy (docs/propagation.md there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class Atom:
+    """An extent of at least two elements that may be widened. Identity is what matters."""
+
+    __slots__ = ("definition", "label", "reason", "resolved", "size")
+
+    def __init__(self, size: int, label: str) -> None:
+        self.size = size
+        self.label = label
+        self.definition: Expr | None = None  # as it was first refined; the chain tells the story to the report
+        self.resolved: Expr | None = None  # the same, path-compressed
+        self.reason: Reason | None = None  # why it is frozen
+
+    def __repr__(self) -> str:
+        return f"{self.label}:{self.size}"
+
+
+@dataclass(frozen=True)
+class Cat:
+    """A concatenation of at least two expressions, first to last."""
+
+    parts: tuple[Expr, ...]
+
+    def __repr__(self) -> str:
+        return "[" + " + ".join(map(show, self.parts)) + "]"
+
+
+Factor: TypeAlias = int | Atom | Cat
+Expr: TypeAlias = tuple[Factor, ...]
+SCALAR: Expr = ()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why channels stay unwidened: the op, the node it occurred at, and what it could not follow.
+
+    `natural` marks axes that nobody would widen, such as those of a convolution kernel.
+    """
+
+    op: str
+    node: str
+    text: str
+    natural: bool = False
+
+
+class AxisMismatchError(AssertionError):
+    """Two axes that a rule calls equal have different sizes: the rule is wrong."""
+
+
+def size(expr: Expr) -> int:
+    """Number of elements along `expr`."""
+    return prod(f if isinstance(f, int) else f.size if isinstance(f, Atom) else sum(map(size, f.parts)) for f in expr)
+
+
+def is_frozen(expr: Expr) -> bool:
+    """Whether a resolved `expr` holds no atom."""
+    return not expr or (len(expr) == 1 and isinstance(expr[0], int))
+
+
+def atoms(expr: Expr) -> Iterator[Atom]:
+    """The atoms of `expr`, in order, repeated as they occur."""
+    for factor in expr:
+        if isinstance(factor, Atom):
+            yield factor
+        elif isinstance(factor, Cat):
+            for part in factor.parts:
+                yield from atoms(part)
+
+
+def show(expr: Expr) -> str:
+    """`expr` for a reader."""
+    return "·".join(map(repr, expr)) or "1"
+
+
+def frozen(extent: int) -> Expr:
+    """The frozen axis of `extent` elements."""
+    return () if extent == 1 else (extent,)
+
+
+def product(exprs: Iterable[Expr]) -> Expr:
+    """Row-major product, outermost first; neighbouring frozen factors are joined."""
+    out: list[Factor] = []
+    for expr in exprs:
+        for factor in expr:
+            if isinstance(factor, int) and out and isinstance(out[-1], int):
+                out[-1] *= factor
+            elif factor != 1:
+                out.append(factor)
+    return tuple(out)
+
+
+def concat(exprs: Iterable[Expr]) -> Expr:
+    """Concatenation; nested ones are flattened, neighbouring frozen parts are joined."""
+    out: list[Expr] = []
+    for expr in exprs:
+        head = expr[0] if len(expr) == 1 else None
+        for part in head.parts if isinstance(head, Cat) else (expr,):
+            if out and is_frozen(part) and is_frozen(out[-1]):
+                out[-1] = frozen(size(out[-1]) + size(part))
+            else:
+                out.append(part)
+    return out[0] if len(out) == 1 else (Cat(tuple(out)),)
+
+
+def parts(expr: Expr) -> list[Expr]:
+    """`expr` as a concatenation: an outermost `Cat` is distributed over the factors behind it."""
+    if expr and isinstance(expr[0], Cat):
+        return [product((part, expr[1:])) for part in expr[0].parts]
+    return [expr]
+
+
+def reasons(atom: Atom) -> Iterator[Reason]:
+    """Why parts of what `atom` turned out to be are frozen."""
+    if atom.reason is not None:
+        yield atom.reason
+    for part in atoms(atom.definition or ()):
+        yield from reasons(part)
+
+
+class AxisSolver:
+    """Holds what is known of all atoms, and learns more. `version` grows with each new fact."""
+
+    EXPAND = 16  # a frozen outer factor up to this size may be written out as a concatenation
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._why = Reason("?", "?", "?")
+
+    def at(self, reason: Reason) -> None:
+        """Set the reason that is recorded for whatever freezes from now on."""
+        self._why = reason
+
+    def fresh(self, extent: int, label: str) -> Expr:
+        """A new axis; sizes zero and one have nothing to widen."""
+        return (Atom(extent, label),) if extent > 1 else frozen(extent)
+
+    def resolve(self, expr: Expr) -> Expr:
+        """`expr` with everything known put in."""
+        if not any(isinstance(f, Cat) or (isinstance(f, Atom) and f.resolved is not None) for f in expr):
+            return expr
+        return product(self._resolve(factor) for factor in expr)
+
+    def _resolve(self, factor: Factor) -> Expr:
+        if isinstance(factor, Cat):
+            return concat(self.resolve(part) for part in factor.parts)
+        if isinstance(factor, Atom) and factor.resolved is not None:
+            factor.resolved = self.resolve(factor.resolved)
+            return factor.resolved
+        return (factor,)
+
+    def _define(self, atom: Atom, expr: Expr) -> None:
+        atom.definition = atom.resolved = expr
+        self.version += 1
+
+    def freeze(self, expr: Expr, reason: Reason | None = None) -> Expr:
+        """Freeze every atom of `expr`; returns the frozen axis."""
+        for atom in list(atoms(self.resolve(expr))):
+            if atom.definition is None:
+                atom.reason = reason or self._why
+                self._define(atom, (atom.size,))
+        return self.resolve(expr)
+
+    def unify(self, a: Expr, b: Expr) -> Expr:
+        """Make two axes the same axis; where their structures cannot agree, both freeze there."""
+        a, b = self.resolve(a), self.resolve(b)
+        if a == b:
+            return a
+        if size(a) != size(b):
+            raise AxisMismatchError(f"{show(a)} and {show(b)} at {self._why.node} ({self._why.op})")
+        if is_frozen(a) or is_frozen(b):
+            meets = replace(self._why, text="it meets an axis that stays as it is")
+            self.freeze(a, meets)
+            return self.freeze(b, meets)
+        for one, other in ((a, b), (b, a)):
+            head = one[0]
+            if len(one) == 1 and isinstance(head, Atom):
+                if head in atoms(other):
+                    self.freeze(other)
+                else:
+                    self._define(head, other)
+                return self.resolve(other)
+        if isinstance(a[0], Cat) or isinstance(b[0], Cat):
+            self._unify_parts(a, b)
+        else:
+            self._unify_factors(a, b)
+        return self.resolve(a)
+
+    def _unify_parts(self, a: Expr, b: Expr) -> None:
+        while True:
+            left, right = parts(self.resolve(a)), parts(self.resolve(b))
+            if len(left) == 1 and len(right) == 1:
+                self.unify(left[0], right[0])
+                return
+            extent = min(size(left[0]), size(right[0]))
+            first_a, a = self.cut(concat(left), extent)
+            first_b, b = self.cut(concat(right), extent)
+            self.unify(first_a, first_b)
+            if a == (0,):
+                return
+
+    def _unify_factors(self, a: Expr, b: Expr) -> None:
+        while a and b:
+            small = min(size(a[:1]), size(b[:1]))
+            if size(a[:1]) % small or size(b[:1]) % small:
+                self.freeze(a)
+                self.freeze(b)
+                return
+            (head_a, a), (head_b, b) = self.split(a, small), self.split(b, small)
+            self.unify(head_a, head_b)
+            a, b = self.resolve(a), self.resolve(b)
+
+    def split(self, expr: Expr, outer: int) -> tuple[Expr, Expr]:
+        """`expr` as a product of an axis of `outer` elements and the axis inside it."""
+        expr = self.resolve(expr)
+        total = size(expr)
+        if outer == 1:
+            return (), expr
+        if outer == total:
+            return expr, ()
+        if is_frozen(expr):
+            return frozen(outer), frozen(total // outer)
+        head, rest = expr[0], expr[1:]
+        extent = size((head,))
+        if outer % extent == 0:
+            more, inner = self.split(rest, outer // extent)
+            return self.resolve(product(((head,), more))), self.resolve(inner)
+        if extent % outer:
+            self.freeze(expr)
+            return frozen(outer), frozen(total // outer)
+        inner = extent // outer
+        if isinstance(head, int):
+            return frozen(outer), product((frozen(inner), rest))
+        if isinstance(head, Atom):
+            first, second = Atom(outer, f"{head.label}.0"), Atom(inner, f"{head.label}.1")
+            self._define(head, (first, second))
+            return (first,), self.resolve(product(((second,), rest)))
+        left, right = self._split_cat(head, outer, inner)
+        return self.resolve(left), self.resolve(product((right, rest)))
+
+    def _split_cat(self, cat: Cat, outer: int, inner: int) -> tuple[Expr, Expr]:
+        bounds = {0}
+        for part in cat.parts:
+            bounds.add(max(bounds) + size(part))
+        if bounds.issuperset(range(0, outer * inner, inner)):  # whole equal groups
+            rest: Expr = (cat,)
+            groups: list[Expr] = []
+            for _ in range(outer - 1):
+                group, rest = self.cut(rest, inner)
+                groups.append(group)
+            groups.append(rest)
+            for group in groups[1:]:
+                self.unify(groups[0], group)
+            return frozen(outer), self.resolve(groups[0])
+        if all(size(part) % inner == 0 for part in cat.parts):  # a common suffix
+            pairs = [self.split(part, size(part) // inner) for part in cat.parts]
+            for _, suffix in pairs[1:]:
+                self.unify(pairs[0][1], suffix)
+            return self.resolve(concat(head for head, _ in pairs)), self.resolve(pairs[0][1])
+        self.freeze((cat,))
+        return frozen(outer), frozen(inner)
+
+    def cut(self, expr: Expr, at: int) -> tuple[Expr, Expr]:
+        """`expr` as a concatenation of its first `at` elements and the others; an empty side is `(0,)`."""
+        expr = self.resolve(expr)
+        if at == 0:
+            return (0,), expr
+        if at == size(expr):
+            return expr, (0,)
+        left: list[Expr] = []
+        right: list[Expr] = []
+        for part in parts(expr):
+            extent, begin = size(part), sum(map(size, left))
+            if right or begin == at:
+                right.append(part)
+            elif begin + extent <= at:
+                left.append(part)
+            else:
+                first, second = self._cut_product(part, at - begin)
+                left.append(first)
+                right.append(second)
+        return self.resolve(concat(left)), self.resolve(concat(right))
+
+    def _cut_product(self, expr: Expr, at: int) -> tuple[Expr, Expr]:
+        total = size(expr)
+        if not is_frozen(expr):
+            head, rest = expr[0], expr[1:]
+            stride = size(rest)
+            if at % stride == 0 and isinstance(head, int):
+                k = at // stride
+                return product((frozen(k), rest)), product((frozen(head - k), rest))
+            if at % stride == 0 and isinstance(head, Atom):
+                k = at // stride
+                first = self.fresh(k, f"{head.label}[:{k}]")
+                second = self.fresh(head.size - k, f"{head.label}[{k}:]")
+                self._define(head, concat((first, second)))
+                return self.resolve(product((first, rest))), self.resolve(product((second, rest)))
+            if isinstance(head, int) and head <= self.EXPAND:
+                return self.cut(concat([rest] * head), at)
+            self.freeze(expr)
+        return frozen(at), frozen(total - at)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How one atom is widened: `gather[j]` is the original channel in wide channel j, `alpha[j]` its share."""
+
+    gather: Tensor
+    alpha: Tensor
+
+    @property
+    def multiplicity(self) -> int | None:
+        """Copies of each channel where all channels have equally many, else None."""
+        counts = torch.bincount(self.gather)
+        return int(counts[0]) if bool((counts == counts[0]).all()) else None
+
+
+class Widening:
+    """The chosen copies of every widened atom, extended to expressions."""
+
+    def __init__(self, solver: AxisSolver, copies: dict[Atom, Copies]) -> None:
+        self._solver = solver
+        self.copies = copies
+
+    def widens(self, expr: Expr) -> bool:
+        """Whether any part of `expr` is widened."""
+        return any(atom in self.copies for atom in atoms(self._solver.resolve(expr)))
+
+    def size(self, expr: Expr) -> int:
+        """Number of elements along the widened `expr`."""
+        return self._size(self._solver.resolve(expr))
+
+    def _size(self, expr: Expr) -> int:
+        total = 1
+        for factor in expr:
+            if isinstance(factor, Cat):
+                total *= sum(map(self._size, factor.parts))
+            elif isinstance(factor, Atom) and factor in self.copies:
+                total *= len(self.copies[factor].gather)
+            else:
+                total *= size((factor,))
+        return total
+
+    def gather(self, expr: Expr) -> Tensor:
+        """int64 [wide size]: the original index that each wide index holds."""
+        return self._map(self._solver.resolve(expr))[0]
+
+    def keep(self, expr: Expr) -> Tensor:
+        """int64 [size]: where each original index lies in the wide axis."""
+        return self._map(self._solver.resolve(expr))[1]
+
+    def _map(self, expr: Expr) -> tuple[Tensor, Tensor]:
+        gather, keep = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        for factor in expr:
+            if isinstance(factor, Cat):
+                maps = [self._map(part) for part in factor.parts]
+                f_gather = _stack([g for g, _ in maps], [size(p) for p in factor.parts])
+                f_keep = _stack([k for _, k in maps], [len(g) for g, _ in maps])
+            elif isinstance(factor, Atom) and factor in self.copies:
+                f_gather, f_keep = self.copies[factor].gather, torch.arange(factor.size)
+            else:
+                f_gather = f_keep = torch.arange(size((factor,)))
+            gather = (gather[:, None] * len(f_keep) + f_gather).flatten()
+            keep = (keep[:, None] * len(f_gather) + f_keep).flatten()
+        return gather, keep
+
+    def alpha(self, expr: Expr) -> Tensor:
+        """float64 [wide size]: a partition of unity over the copies of each channel."""
+        return self._alpha(self._solver.resolve(expr))
+
+    def _alpha(self, expr: Expr) -> Tensor:
+        alpha = torch.ones(1, dtype=torch.float64)
+        for factor in expr:
+            if isinstance(factor, Cat):
+                share = torch.cat([self._alpha(part) for part in factor.parts])
+            elif isinstance(factor, Atom) and factor in self.copies:
+                share = self.copies[factor].alpha
+            else:
+                share = torch.ones(size((factor,)), dtype=torch.float64)
+            alpha = (alpha[:, None] * share).flatten()
+        return alpha
+
+    def multiplicity(self, expr: Expr) -> int | None:
+        """Copies of each element where all elements have equally many, else None."""
+        counts = [self._multiplicity(part) for part in parts(self._solver.resolve(expr))]
+        return counts[0] if all(count == counts[0] for count in counts) else None
+
+    def _multiplicity(self, expr: Expr) -> int | None:
+        total = 1
+        for factor in expr:
+            count: int | None = 1
+            if isinstance(factor, Cat):
+                count = self.multiplicity((factor,))
+            elif isinstance(factor, Atom) and factor in self.copies:
+                count = self.copies[factor].multiplicity
+            if count is None:
+                return None
+            total *= count
+        return total
+
+
+def _stack(maps: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    offset, out = 0, []
+    for index, extent in zip(maps, sizes, strict=True):
+        out.append(index + offset)
+        offset += extent
+    return torch.cat(out)

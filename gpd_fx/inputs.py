@@ -1,0 +1,117 @@
+"""Example inputs: those of the caller, or inferred from what models say about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpd_fx.errors import InputError
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+_SIDES = (224, 64, 32, 256, 384, 28, 8)  # what image models are usually built for
+_BATCH = 2
+
+
+def example_inputs(model: nn.Module) -> tuple[Any, ...]:
+    """Random positional inputs for `model`, a batch of 2.
+
+    Raises:
+        InputError: nothing about the model says what it takes; or it takes keyword inputs.
+    """
+    args, kwargs = prepare(model, None, None)
+    if kwargs:
+        raise InputError(
+            f"{type(model).__name__} takes keyword inputs ({', '.join(kwargs)}); pass example_inputs and example_kwargs"
+        )
+    return args
+
+
+def prepare(model: nn.Module, args: Sequence[Any] | Tensor | None, kwargs: Mapping[str, Any] | None) -> Example:
+    """The caller's example inputs, checked for form; inferred where neither is given.
+
+    Raises:
+        InputError: they are no sequence or mapping, or nothing about the model says what it takes.
+    """
+    if isinstance(args, Tensor):
+        raise InputError("example_inputs is a tensor; pass a tuple with one entry an argument, such as (images,)")
+    if args is not None and not isinstance(args, tuple | list):
+        raise InputError(f"example_inputs is a {type(args).__name__}; pass a tuple with one entry an argument")
+    if kwargs is not None and not isinstance(kwargs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
+        raise InputError(f"example_kwargs is a {type(kwargs).__name__}; pass a dict of keyword arguments")
+    if args is not None or kwargs:
+        return tuple(args or ()), dict(kwargs or {})
+    for guess in _guesses(model):
+        if _accepts(model, guess):
+            return guess
+    raise InputError(
+        f"cannot tell what {type(model).__name__} takes as input; pass example_inputs=(...), one entry an argument of "
+        "its forward, with a batch of 2 or more"
+    )
+
+
+def _accepts(model: nn.Module, guess: Example) -> bool:
+    """Try a call on fake tensors, which costs nothing and changes no buffer."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    training = {module: module.training for module in model.modules()}
+    try:
+        with mode, torch.no_grad():
+            fakes: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in _state(model)}
+            args = tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in guess[0])
+            kwargs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in guess[1].items()}
+            for module in training:
+                module.training = False
+            torch.func.functional_call(model, fakes, args, kwargs)
+    except Exception:  # noqa: BLE001  whatever a model raises on inputs that are not its own
+        return False
+    finally:
+        for module, was in training.items():
+            module.training = was
+    return True
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _guesses(model: nn.Module) -> Iterator[Example]:
+    first = next(model.parameters(), None)
+    device = first.device if first is not None else torch.device("cpu")
+    dtype = first.dtype if first is not None else torch.get_default_dtype()
+
+    def images(channels: int, *size: int) -> Example:
+        return (torch.randn(_BATCH, channels, *size, device=device, dtype=dtype),), {}
+
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, Mapping) and "input_size" in config:  # timm
+        yield images(*config["input_size"])
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) == "pixel_values":  # Hugging Face vision
+        side = getattr(config, "image_size", 224)
+        size = tuple(side) if isinstance(side, list | tuple) else (side, side)
+        args, _ = images(getattr(config, "num_channels", 3), *size)
+        yield (), {"pixel_values": args[0]}
+    dummy = getattr(model, "dummy_inputs", None)  # Hugging Face text
+    if isinstance(dummy, Mapping):
+        vocabulary = getattr(config, "vocab_size", None)
+        ids = {k: v % vocabulary if isinstance(v, Tensor) and vocabulary else v for k, v in dummy.items()}
+        yield (), {k: v.to(device) if isinstance(v, Tensor) else v for k, v in ids.items()}
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            own = getattr(model, "image_size", None) or getattr(model, "img_size", None)
+            dims = len(module.kernel_size)
+            for side in ((own,) if isinstance(own, int) else ()) + (_SIDES if dims < 3 else (16, 32)):
+                yield images(module.in_channels, *((side,) * dims))
+            return
+        if isinstance(module, nn.Linear):
+            yield images(module.in_features)
+            yield images(16, module.in_features)
+            return
+        if isinstance(module, nn.Embedding):
+            yield (torch.randint(module.num_embeddings, (_BATCH, 16), device=device),), {}
+            return

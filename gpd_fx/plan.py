@@ -1,0 +1,285 @@
+"""The plan: which atoms widen, by how much, and what that makes of every parameter.
+
+Candidates are the free atoms of parameters. Then, in this order:
+
+1. Where an axis is a product of several candidates only one widens (a size grows by r, not by r squared): the
+   outermost, but rather not one that two activations contract, so heads and not the width of a head.
+2. Each candidate gets the largest ratio that the globs ask of a parameter that produces it (has it where it is not
+   contracted). Channels that are added or concatenated are one atom, and so have one ratio.
+3. Axes that an op takes statistics over need equally many copies of every element: their ratios become the same whole
+   number (rounded up); one that holds frozen elements too cannot widen at all. Repeated until nothing changes.
+
+A widened atom of size n holds the N = round(r·n) channels j mod n: originals first. The shares alpha of the copies of
+one channel are unequal, so that copies part in training, and multiples of 2^-8 (finer beyond 64 copies) that sum to
+one, so that they are exact in every floating dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from gpd_fx.analysis import Analysis
+from gpd_fx.axes import Atom, Cat, Copies, Expr, Reason, Widening, atoms, parts, size
+from gpd_fx.errors import ArgumentError
+from gpd_fx.layout import KernelLayout, ParamPlan
+from gpd_fx.rules.effects import Contract, Extent
+from gpd_fx.rules.site import Value, bind, op_name
+
+Ratio: TypeAlias = float | Mapping[str, float]
+_WEIGHTED = ("aten.conv", "aten.linear.")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What widening will do. `absorbed` lists operands (node, argument) of each graph whose alpha a parameter takes."""
+
+    analysis: Analysis
+    widening: Widening
+    tensors: dict[str, ParamPlan]
+    absorbed: dict[str, set[tuple[str, str]]]
+    held: dict[Atom, Reason]
+    ratios: dict[Atom, float]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Plan:
+        """A plan never changes, so copies of a module share it."""
+        return self
+
+
+def check_ratio(ratio: object) -> None:
+    """Raise `ArgumentError` unless `ratio` is a finite number >= 1, or a mapping of globs to such."""
+    if isinstance(ratio, Mapping):
+        if not ratio:
+            raise ArgumentError("ratio is an empty mapping; give a number >= 1 or {parameter-name glob: number}")
+        for glob, value in ratio.items():  # pyright: ignore[reportUnknownVariableType]  checked right here
+            if not isinstance(glob, str):
+                raise ArgumentError(f"ratio has the key {glob!r}; keys are parameter-name globs such as 'layer1.*'")
+            _check_number(value, f"ratio[{glob!r}]")
+    else:
+        _check_number(ratio, "ratio")
+
+
+def _check_number(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentError(f"{what} is {value!r}, a {type(value).__name__}; it must be a number >= 1, such as 2.0")
+    if not math.isfinite(value) or value < 1:
+        raise ArgumentError(f"{what} is {value}; an expansion ratio must be a finite number >= 1, such as 2.0")
+
+
+def make_plan(analysis: Analysis, ratio: Ratio = 2.0, *, seed: int = 0, equal_alpha: bool = False) -> Plan:
+    """Choose copies for every atom that may widen.
+
+    Args:
+        analysis: the fixpoint of axis propagation.
+        ratio: expansion ratio >= 1, or `{parameter-name glob: ratio}`; the last glob that matches a name counts, and
+            parameters that none matches keep their width.
+        seed: for the unequal shares alpha.
+        equal_alpha: give all copies of a channel equal shares (copies then stay equal in training).
+
+    Raises:
+        ArgumentError: a ratio below one, not finite or not a number; a glob that matches no parameter.
+    """
+    check_ratio(ratio)
+    candidates = _candidates(analysis)
+    held: dict[Atom, Reason] = {}
+    _one_per_product(analysis, candidates, held)
+    ratios = _ratios(analysis, [atom for atom in candidates if atom not in held], ratio, held)
+    _equalise(analysis, ratios, held)
+    copies: dict[Atom, Copies] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for atom, value in ratios.items():
+        gather = torch.arange(round(atom.size * value)) % atom.size
+        if len(gather) > atom.size:
+            copies[atom] = Copies(gather, _shares(gather, generator, equal=equal_alpha))
+    widening = Widening(analysis.solver, copies)
+    tensors, absorbed = _tensor_plans(analysis, widening)
+    return Plan(analysis, widening, tensors, absorbed, held, ratios)
+
+
+def _candidates(analysis: Analysis) -> list[Atom]:
+    found: dict[Atom, None] = {}
+    for name in analysis.parameters:
+        for axis in analysis.tensors[name]:
+            found.update(dict.fromkeys(atoms(analysis.solver.resolve(axis))))
+    return list(found)
+
+
+def _expressions(analysis: Analysis) -> list[Expr]:
+    found: dict[Expr, None] = {}
+
+    def collect(value: Value) -> None:
+        if isinstance(value, tuple):
+            for item in value:
+                collect(item)
+        else:
+            found.update((analysis.solver.resolve(axis), None) for axis in value or ())
+
+    for axes in analysis.tensors.values():
+        collect(axes)
+    for facts in analysis.graphs.values():
+        for value in facts.values.values():
+            collect(value)
+    return list(found)
+
+
+def _one_per_product(analysis: Analysis, candidates: list[Atom], held: dict[Atom, Reason]) -> None:
+    free = set(candidates)
+    shunned = {atom for expr in analysis.shunned for atom in atoms(analysis.solver.resolve(expr))}
+    chosen: set[Atom] = set()
+
+    def visit(expr: Expr) -> None:
+        for part in parts(expr):
+            groups = [[f] if isinstance(f, Atom) else list(atoms((f,))) for f in part if not isinstance(f, int)]
+            for factor in part:
+                if isinstance(factor, Cat):
+                    visit((factor,))
+            groups = [[atom for atom in group if atom in free and atom not in held] for group in groups]
+            groups = [group for group in groups if group]
+            if len(groups) > 1:
+                order = sorted(groups, key=lambda g: (not chosen.issuperset(g), not shunned.isdisjoint(g)))
+                chosen.update(order[0])
+                for group in order[1:]:
+                    for atom in group:
+                        text = f"it forms one axis with {order[0][0].label}, which widens"
+                        held[atom] = Reason("product", atom.label, text)
+
+    for expr in _expressions(analysis):
+        visit(expr)
+
+
+def _ratios(analysis: Analysis, free: list[Atom], ratio: Ratio, held: dict[Atom, Reason]) -> dict[Atom, float]:
+    if not isinstance(ratio, Mapping):
+        return {atom: float(ratio) for atom in free}
+    for glob in ratio:
+        if not any(fnmatchcase(name, glob) for name in analysis.canonical):
+            some = ", ".join(list(analysis.parameters)[:4])
+            raise ArgumentError(f"the ratio glob {glob!r} matches no parameter; names look like {some}, ...")
+    aliases: dict[str, list[str]] = {}
+    for name, first in analysis.canonical.items():
+        aliases.setdefault(first, []).append(name)
+    contracted = _contracted(analysis)
+    wanted: dict[Atom, float] = {}
+    for name in analysis.parameters:
+        matches = [
+            r for glob, r in ratio.items() if any(fnmatchcase(alias, glob) for alias in aliases.get(name, [name]))
+        ]
+        for dim, axis in enumerate(analysis.tensors[name]):
+            if (name, dim) not in contracted:
+                for atom in atoms(analysis.solver.resolve(axis)):
+                    wanted[atom] = max(wanted.get(atom, 1.0), float(matches[-1]) if matches else 1.0)
+    for atom in free:
+        if wanted.get(atom, 1.0) == 1.0:
+            held[atom] = Reason("ratio", atom.label, "its expansion ratio is 1")
+    return {atom: wanted[atom] for atom in free if wanted.get(atom, 1.0) > 1.0}
+
+
+def _contracted(analysis: Analysis) -> set[tuple[str, int]]:
+    """Parameter dimensions that some op contracts."""
+    found: set[tuple[str, int]] = set()
+    for key, facts in analysis.graphs.items():
+        for node, effects in facts.effects.items():
+            for effect in effects:
+                if isinstance(effect, Contract) and "." not in effect.arg:
+                    operand = bind(node)[effect.arg]
+                    if operand.op == "get_attr":
+                        name = analysis.tensor_name(key, operand)
+                        found.update((name, d) for d, dim in enumerate(effect.dims) if any(hit for _, hit in dim))
+    return found
+
+
+def _equalise(analysis: Analysis, ratios: dict[Atom, float], held: dict[Atom, Reason]) -> None:
+    """Meet the equal-multiplicity constraints; changes `ratios` and `held`."""
+    constraints = [(parts(analysis.solver.resolve(axis)), reason) for axis, reason in analysis.equal]
+    changed = True
+    while changed:
+        changed = False
+        for group, reason in constraints:
+            members = [[atom for atom in atoms(part) if ratios.get(atom, 1.0) > 1.0] for part in group]
+            flat = dict.fromkeys(atom for member in members for atom in member)
+            if not flat:
+                continue
+            whole = float(max(math.ceil(ratios[atom]) for atom in flat))
+            if all(members) and all(ratios[atom] == whole for atom in flat):
+                continue
+            changed = True
+            for atom in flat:
+                if all(members):
+                    ratios[atom] = whole
+                else:
+                    del ratios[atom]
+                    held[atom] = Reason(reason.op, reason.node, f"{reason.text}, and part of that axis cannot widen")
+
+
+def _shares(gather: Tensor, generator: torch.Generator, *, equal: bool) -> Tensor:
+    """float64 [N]: a partition of unity over the copies of each channel, in multiples of a power of two."""
+    counts = torch.bincount(gather)
+    if equal:
+        return 1.0 / counts[gather].double()
+    unit = 2 ** max(8, math.ceil(math.log2(int(counts.max()))) + 2)
+    draw = torch.rand(len(gather), generator=generator, dtype=torch.float64) + 0.5
+    share = draw / torch.zeros(len(counts), dtype=torch.float64).index_add_(0, gather, draw)[gather]
+    whole = (share * unit).floor().clamp_(min=1)
+    first = torch.arange(len(counts))  # the originals take what rounding leaves
+    whole[first] += unit - torch.zeros(len(counts), dtype=torch.float64).index_add_(0, gather, whole)
+    return whole / unit
+
+
+def _tensor_plans(
+    analysis: Analysis, widening: Widening
+) -> tuple[dict[str, ParamPlan], dict[str, set[tuple[str, str]]]]:
+    uses: dict[str, list[tuple[str, fx.Node, fx.Node]]] = {}  # name -> (graph, get_attr node, user)
+    for key, facts in analysis.graphs.items():
+        for node in facts.module.graph.find_nodes(op="get_attr"):
+            if facts.shapes[node] is not None:
+                users = [(key, node, user) for user in node.users]
+                uses.setdefault(analysis.tensor_name(key, node), []).extend(users)
+    tensors: dict[str, ParamPlan] = {}
+    absorbed: dict[str, set[tuple[str, str]]] = {key: set() for key in analysis.graphs}
+    for name, axes in analysis.tensors.items():
+        axes = [analysis.solver.resolve(axis) for axis in axes]
+        wide = [widening.widens(axis) for axis in axes]
+        gather = tuple(widening.gather(axis) if w else None for axis, w in zip(axes, wide, strict=True))
+        keep = tuple(widening.keep(axis) if w else None for axis, w in zip(axes, wide, strict=True))
+        alpha: tuple[Tensor | None, ...] = (None,) * len(axes)
+        kernel: KernelLayout | None = None
+        if name in analysis.parameters and uses.get(name):
+            kernel = _kernel(analysis, widening, uses[name])
+            common = _common_alpha(analysis, uses[name])
+            if common is not None:
+                alpha = tuple(common[1].vectors(widening))
+                for key, _, user in uses[name]:
+                    absorbed[key].add((user.name, common[0]))
+        tensors[name] = ParamPlan(name, tuple(map(size, axes)), gather, keep, alpha, kernel)
+    return tensors, absorbed
+
+
+def _common_alpha(analysis: Analysis, uses: list[tuple[str, fx.Node, fx.Node]]) -> tuple[str, Contract] | None:
+    """The contraction that all uses of a parameter share, if each use is one and all are alike."""
+    found: list[tuple[str, Contract]] = []
+    for key, node, user in uses:
+        effects = [e for e in analysis.graphs[key].effects.get(user, ()) if isinstance(e, Contract)]
+        mine = [e for e in effects if "." not in e.arg and bind(user)[e.arg] is node]
+        if len(mine) != 1 or user.all_input_nodes.count(node) != 1 or list(bind(user).values()).count(node) != 1:
+            return None
+        dims = tuple(tuple((analysis.solver.resolve(e), hit) for e, hit in dim) for dim in mine[0].dims)
+        found.append((mine[0].arg, Contract(mine[0].arg, dims)))
+    return found[0] if all(item == found[0] for item in found) else None
+
+
+def _kernel(analysis: Analysis, widening: Widening, uses: list[tuple[str, fx.Node, fx.Node]]) -> KernelLayout | None:
+    """The layout of a parameter that is only ever the weight of conv or linear ops of one kind."""
+    layouts: set[KernelLayout] = set()
+    for key, node, user in uses:
+        args = bind(user) if op_name(user.target).startswith(_WEIGHTED) else {}
+        if args.get("weight") is not node or list(args.values()).count(node) != 1:
+            return None
+        groups = [e for e in analysis.graphs[key].effects.get(user, ()) if isinstance(e, Extent) and e.arg == "groups"]
+        wide = widening.size(groups[0].expr) if groups else int(args.get("groups", 1))
+        layouts.add(KernelLayout(wide, "transpose" in op_name(user.target), int(args.get("groups", 1))))
+    return layouts.pop() if len(layouts) == 1 else None

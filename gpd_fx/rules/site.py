@@ -1,0 +1,175 @@
+"""What a rule sees of a node: arguments by name, axes and shapes of its operands, and where it states effects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import fx
+
+from gpd_fx.axes import AxisSolver, Expr, Reason, frozen
+from gpd_fx.private import OpOverload, schema
+
+if TYPE_CHECKING:
+    from gpd_fx.rules.effects import Effect
+
+Axes: TypeAlias = list[Expr]
+Value: TypeAlias = Axes | tuple["Value", ...] | None  # a tensor's axes; several results; not a tensor
+Shape: TypeAlias = tuple[int, ...] | tuple["Shape", ...] | None
+Rule: TypeAlias = Callable[["Site"], Value]
+
+
+class Site:
+    """One node under analysis. Rules unify and freeze axes through `solver` and append to `effects` and `equal`."""
+
+    def __init__(
+        self,
+        node: fx.Node,
+        solver: AxisSolver,
+        values: Mapping[fx.Node, Value],
+        shapes: Mapping[fx.Node, Shape],
+        from_input: Mapping[fx.Node, bool],
+        created: dict[tuple[fx.Node, int], Expr],
+    ) -> None:
+        self.node = node
+        self.solver = solver
+        self.created = created  # axes that nodes create, the same in every sweep
+        self.effects: list[Effect] = []
+        self.equal: list[tuple[Expr, str]] = []  # axes whose elements need equally many copies, and what for
+        self.shunned: list[Expr] = []  # axes that rather stay as they are (contracted by two activations)
+        self._values = values
+        self._shapes = shapes
+        self._from_input = from_input
+        self._args: dict[str, Any] | None = None
+
+    @property
+    def op(self) -> str:
+        """The node's op, as reports name it."""
+        return op_name(self.node.target)
+
+    @property
+    def schema(self) -> torch.FunctionSchema:
+        """The schema of the node's ATen overload."""
+        assert isinstance(self.node.target, OpOverload)
+        return schema(self.node.target)
+
+    def arg(self, name: str) -> Any:
+        """The value of an argument of the op by its schema name, default included."""
+        if self._args is None:
+            self._args = bind(self.node)
+        return self._args[name]
+
+    def has_arg(self, name: str) -> bool:
+        """Whether the op's schema has an argument of that name."""
+        return any(argument.name == name for argument in self.schema.arguments)
+
+    def tensors(self) -> list[fx.Node | None]:
+        """The op's tensor arguments in schema order; None for one that is not given."""
+        found: list[fx.Node | None] = []
+        for argument in self.schema.arguments:
+            if str(argument.type) in ("Tensor", "Optional[Tensor]"):
+                value = self.arg(argument.name)
+                found.append(value if isinstance(value, fx.Node) else None)
+        return found
+
+    def axes(self, node: fx.Node) -> Axes:
+        """The resolved axes of a tensor-valued node."""
+        value = self._values[node]
+        assert isinstance(value, list), f"{node} is not a tensor"
+        return [self.solver.resolve(axis) for axis in value]
+
+    def value(self, node: fx.Node) -> Value:
+        """The axes of a node, of whatever kind."""
+        return self._values.get(node)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """A tensor-valued node's shape; symbolic sizes stand as large primes."""
+        shape = self._shapes[node]
+        assert isinstance(shape, tuple)
+        return shape  # pyright: ignore[reportReturnType]  a tensor's shape holds only ints
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of this node's result (of the first where there are several)."""
+        shape = self._shapes[self.node]
+        assert isinstance(shape, tuple)
+        if shape and isinstance(shape[0], tuple):
+            shape = shape[0]
+        return shape  # pyright: ignore[reportReturnType]  a tensor's shape holds only ints
+
+    @property
+    def out_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of this node's results, for an op with several."""
+        return self._shapes[self.node]  # pyright: ignore[reportReturnType]  only asked for ops with several results
+
+    def from_input(self, node: fx.Node) -> bool:
+        """Whether a node's value depends on the model's inputs (an activation) or on parameters alone (a weight)."""
+        return self._from_input[node]
+
+    def dim(self, dim: int, rank: int) -> int:
+        """A dimension counted from the front."""
+        return dim % rank if rank else 0
+
+    def freeze(self, axis: Expr, text: str, *, natural: bool = False) -> Expr:
+        """Freeze one axis with a reason of this node."""
+        return self.solver.freeze(axis, self.reason(text, natural=natural))
+
+    def reason(self, text: str, *, natural: bool = False) -> Reason:
+        """A reason that names this node."""
+        return Reason(self.op, self.node.name, text, natural)
+
+    def freeze_all(self, text: str) -> Value:
+        """Freeze every axis of every operand; the op then sees exactly what it sees in the model."""
+        for operand in self.node.all_input_nodes:
+            freeze_value(self.solver, self.value(operand), self.reason(text))
+        return frozen_value(self._shapes.get(self.node))
+
+
+def freeze_value(solver: AxisSolver, value: Value, reason: Reason) -> None:
+    """Freeze all axes of a value."""
+    if isinstance(value, tuple):
+        for item in value:
+            freeze_value(solver, item, reason)
+    elif value is not None:
+        for axis in value:
+            solver.freeze(axis, reason)
+
+
+def frozen_value(shape: Shape) -> Value:
+    """Frozen axes of a given shape."""
+    if shape is None:
+        return None
+    if any(not isinstance(item, int) for item in shape):
+        return tuple(frozen_value(item) for item in shape)  # pyright: ignore[reportArgumentType]  items are shapes here
+    return [frozen(item) for item in shape]  # pyright: ignore[reportArgumentType]  items are ints here
+
+
+def op_name(target: object) -> str:
+    """A node target as reports and tables name it, e.g. `aten.conv2d.default`."""
+    return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by schema name, defaults filled in."""
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(_arguments(node)):  # type: ignore[union-attr]
+        if argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif position < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = node.args[position]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def as_dims(dims: int | Sequence[int] | None, rank: int) -> list[int]:
+    """A dim argument as a list of dimensions counted from the front; None and [] mean all."""
+    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
+        return list(range(rank))
+    return sorted({d % rank if rank else 0 for d in ([dims] if isinstance(dims, int) else dims)})
+
+
+def _arguments(node: fx.Node) -> list[torch.Argument]:
+    assert isinstance(node.target, OpOverload)
+    return schema(node.target).arguments

@@ -1,0 +1,104 @@
+"""The dynamic teacher: two wide graphs and the student, over one set of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from gpd_fx.composition import Composition, Tree
+from gpd_fx.errors import ArgumentError
+from gpd_fx.report import ExpansionReport
+
+Role = Literal["teacher", "student", "both"]
+
+
+class DynamicTeacher(nn.Module):
+    """What `gpd_fx.expand` returns: a wide network that shares its parameters with the student inside it.
+
+    Every trainable tensor lies in `composition`. A call composes the kernels of both networks once, then runs the wide
+    graph of the current mode, the student, or both. The student is the user's own module, called with the tensors that
+    the composition derives for it, so it keeps its class, its buffers and its behaviour in both modes.
+
+    Attributes:
+        composition: all parameters, and what makes both networks' tensors of them.
+        wide_buffers: the teacher's buffers (its batch-norm statistics), by the student's names.
+        skeleton: the user's module without parameters, with the student's buffers.
+        graphs: the wide graphs, "train_mode" and "eval_mode" (a module has no room for names such as "train").
+        recipe: the arguments of `expand`, ready for JSON.
+        example: positional and keyword example inputs that the graphs were captured with.
+    """
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        graphs: Mapping[str, fx.GraphModule],
+        composition: Composition,
+        wide_buffers: Tree,
+        aliases: Mapping[str, str],
+        trainable: Mapping[str, bool],
+        recipe: dict[str, Any],
+        example: tuple[tuple[Any, ...], dict[str, Any]],
+        report: ExpansionReport,
+    ) -> None:
+        super().__init__()
+        self.composition = composition
+        self.wide_buffers = wide_buffers
+        self.skeleton = skeleton
+        self.graphs = nn.ModuleDict({f"{key}_mode": graph for key, graph in graphs.items()})
+        self.recipe = recipe
+        self.example = example
+        self.aliases = dict(aliases)  # every name of a student's parameter or buffer -> its canonical name
+        self.trainable = dict(trainable)  # canonical name -> requires_grad, as it was in the given model
+        self._report = report
+        feeds = {key: {str(n.target) for n in g.graph.find_nodes(op="get_attr")} for key, g in graphs.items()}
+        self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
+
+    def forward(self, *args: Any, role: Role = "teacher", **kwargs: Any) -> Any:
+        """Run one network or both on the same inputs, which are those of the student.
+
+        Args:
+            args: positional inputs of the student.
+            role: "teacher", "student", or "both" for the pair (teacher's output, student's output).
+            kwargs: keyword inputs of the student.
+
+        Raises:
+            ArgumentError: an unknown role.
+        """
+        if role == "teacher":
+            return self.run_teacher(self.composition.teacher(), *args, **kwargs)
+        if role == "student":
+            return self.run_student(self.composition.student(), *args, **kwargs)
+        if role == "both":
+            wide, narrow = self.composition()
+            return self.run_teacher(wide, *args, **kwargs), self.run_student(narrow, *args, **kwargs)
+        raise ArgumentError(f"role is {role!r}; it must be 'teacher', 'student' or 'both'")
+
+    def student(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's output; the same as `forward(..., role="student")`."""
+        return self(*args, role="student", **kwargs)
+
+    def both(self, *args: Any, **kwargs: Any) -> Any:
+        """(teacher's output, student's output) from one composition; the same as `forward(..., role="both")`."""
+        return self(*args, role="both", **kwargs)
+
+    def run_teacher(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Run the wide graph of the current mode with composed tensors, by canonical name."""
+        key = "train" if self.training else "eval"
+        buffers = dict(self.wide_buffers.named_buffers())
+        state = {t: tensors[name] if name in tensors else buffers[name] for t, name in self._feeds[key].items()}
+        return torch.func.functional_call(self.graphs[f"{key}_mode"], state, args, kwargs, tie_weights=False)
+
+    def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Run the student's module with composed tensors, by canonical name."""
+        state = {alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}
+        return torch.func.functional_call(self.skeleton, state, args, kwargs, tie_weights=False)
+
+    def report(self) -> ExpansionReport:
+        """What the expansion did: widths, coverage, what stayed unwidened and why, costs."""
+        return self._report
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.recipe['ratio']}, coverage={self._report.coverage:.4f}"

@@ -1,0 +1,351 @@
+"""Verification: a transformed network against its source, in float64, on random inputs.
+
+`check_expansion` is what `expand` runs. It compares graph with graph, for both modes: the capture with the model's
+tensors, and the wide graph with the same tensors widened. Randomness is switched off in both (dropout, stochastic
+depth), float casts become float64, and the batch differs from the example's. Tensors are also perturbed, so that an
+untouched batch norm or a zero layer scale hides nothing. Then the capture is compared with the module itself.
+
+An error is measured as max |difference| / max |output|. Beyond the tolerance it is held against the conditioning of the
+model: what a change of its input by one unit in the last place does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from gpd_fx.analysis import fetch
+from gpd_fx.axes import Expr
+from gpd_fx.errors import VerificationError
+from gpd_fx.plan import Plan
+from gpd_fx.private import OpOverload, copy_graph, flat_inputs, put_tensor
+from gpd_fx.rules.site import bind, op_name
+
+if TYPE_CHECKING:
+    from gpd_fx.expansion import Draft
+    from gpd_fx.teacher import DynamicTeacher
+
+TOLERANCE = 1e-9
+_CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
+_CAST_TOLERANCE = 1e-4  # module against capture: a module may cast to float32 by itself
+aten = torch.ops.aten
+_LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def relative_error(expected: Any, actual: Any) -> float:
+    """max |difference| / max |output| over all tensors of two outputs; inf where they do not compare."""
+    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
+    if len(left) != len(right):
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if isinstance(a, Tensor)]
+    return max((_tensor_error(a, b) for a, b in pairs), default=0.0)
+
+
+def _tensor_error(expected: Tensor, actual: Any) -> float:
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
+        return float("inf")
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, actual) else float("inf")
+    expected, actual = expected.double(), actual.double()
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    if not torch.equal(expected[~finite].nan_to_num(7.0), actual[~finite].nan_to_num(7.0)):
+        return float("inf")
+    difference = (expected - actual)[finite].abs().max().item() if finite.any() else 0.0
+    scale = expected[finite].abs().max().item() if finite.any() else 0.0
+    return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
+
+
+def random_like(example: Any, batch: int | None, generator: torch.Generator, dtype: torch.dtype) -> Any:
+    """Random inputs of an example's structure: normal floats, integers within the example's range.
+
+    `batch` replaces the leading size where the example's tensors have one; None keeps it.
+    """
+
+    def draw(tensor: Tensor) -> Tensor:
+        if batch is not None and tensor.dim():
+            rows = torch.arange(batch, device=tensor.device) % tensor.shape[0]
+            tensor = tensor[rows]
+        if tensor.is_floating_point():
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device, dtype)
+        if tensor.dtype == torch.bool or tensor.numel() == 0:
+            return tensor
+        low, high = int(tensor.min()), int(tensor.max())
+        return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+
+    return pytree.tree_map_only(Tensor, draw, example)
+
+
+def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Float64, every value changed by up to a half, zeros made small and positive; integers as they are."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    factor = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device) + 0.5
+    changed = tensor.detach().double() * factor
+    return torch.where(changed == 0, 0.1 * factor, changed)
+
+
+def deterministic(graph: fx.GraphModule) -> str | None:
+    """Switch off what is random in a graph and make float casts float64; in place.
+
+    Returns:
+        The name of a random op that cannot be switched off, or None.
+    """
+    stubborn: str | None = None
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        node.args = pytree.tree_map(_upcast, node.args)
+        node.kwargs = pytree.tree_map(_upcast, dict(node.kwargs))
+        name = op_name(node.target)
+        if name.startswith(
+            ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
+        ):
+            node.args = (node.args[0], 0.0, False)
+        elif name.startswith("aten.bernoulli_"):
+            node.target, node.args, node.kwargs = aten.fill_.Scalar, (node.args[0], 1.0), {}
+        elif name == "aten.scaled_dot_product_attention.default":
+            if bind(node)["dropout_p"]:
+                node.args = (*node.args[:4], 0.0, *node.args[5:])
+        elif name.startswith("aten.rrelu"):
+            node.args = (*node.args[:3], False)
+        elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            stubborn = name
+    graph.recompile()
+    return stubborn
+
+
+def _upcast(value: Any) -> Any:
+    return torch.float64 if value in _LOW else value
+
+
+def _copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same root, whose constants are float64."""
+    return fx.GraphModule(module, copy_graph(module.graph)[0])
+
+
+@dataclass
+class _Pair:
+    """The capture and the wide graph of one mode, made deterministic and float64."""
+
+    mode: str
+    source: fx.GraphModule
+    wide: fx.GraphModule
+    stubborn: str | None
+
+
+def check_expansion(
+    plan: Plan, captures: Mapping[str, fx.GraphModule], graphs: Mapping[str, fx.GraphModule], draft: Draft
+) -> float:
+    """Compare the wide graphs with the captures, and the captures with the module.
+
+    Returns:
+        The largest relative error found.
+
+    Raises:
+        VerificationError: an error beyond the tolerance; names the mode and the first node that differs.
+    """
+    worst = 0.0
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for mode in captures:
+            pair = _Pair(mode, _copy_graph(captures[mode]), _copy_graph(graphs[mode]), None)
+            pair.stubborn = deterministic(pair.source)
+            deterministic(pair.wide)
+            if pair.stubborn is not None:
+                continue  # nothing to compare: the op draws anew at each call
+            inputs = random_like((draft.args, draft.kwargs), _other_batch(captures[mode]), generator, torch.float64)
+            for perturb in (False, True) if mode == "eval" else (True,):
+                tensors = _tensors(captures[mode], generator if perturb else None)
+                worst = max(worst, _compare(plan, pair, tensors, inputs))
+        return max(worst, _check_capture(captures["eval"], draft, generator))
+
+
+def _other_batch(capture: fx.GraphModule) -> int | None:
+    """A batch size unlike the example's, where the capture left it open."""
+    open_batch = False
+    for node in capture.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim():
+            if not isinstance(value.shape[0], torch.SymInt):  # pyright: ignore[reportUnnecessaryIsInstance]  a fake's
+                return None
+            open_batch = True
+    return 3 if open_batch else None
+
+
+def _tensors(capture: fx.GraphModule, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """Every tensor that a capture reads, in float64, perturbed if a generator is given."""
+    found: dict[str, Tensor] = {}
+    same: dict[int, Tensor] = {}
+    for node in capture.graph.find_nodes(op="get_attr"):
+        value = fetch(capture, str(node.target))
+        if isinstance(value, Tensor):
+            if id(value) not in same:
+                plain = value.detach().double() if value.is_floating_point() else value.detach()
+                same[id(value)] = plain.clone() if generator is None else _perturb(value, generator)
+            found[str(node.target)] = same[id(value)]
+    return found
+
+
+def _widened(plan: Plan, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the wide graph for given tensors of the capture."""
+    out: dict[str, Tensor] = {}
+    for target, tensor in tensors.items():
+        name = plan.analysis.canonical.get(target) or f"{key}:{target}"
+        out[target] = plan.tensors[name].scale(plan.tensors[name].widen(tensor))
+    return out
+
+
+def _run(module: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
+    fresh = {name: tensor.clone() for name, tensor in tensors.items()}  # running statistics change in place
+    constants = {
+        name: buffer.double() if buffer.is_floating_point() else buffer
+        for name, buffer in module.named_buffers()
+        if name not in fresh
+    }
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)
+    return torch.func.functional_call(module, constants | fresh, args, kwargs, tie_weights=False)
+
+
+def _compare(plan: Plan, pair: _Pair, tensors: Mapping[str, Tensor], inputs: Any) -> float:
+    expected = _run(pair.source, tensors, inputs)
+    wide = _widened(plan, pair.mode, tensors)
+    error = relative_error(expected, _run(pair.wide, wide, inputs))
+    if error <= TOLERANCE:
+        return error
+    nudged = pytree.tree_map_only(Tensor, lambda t: t * (1 + 2.0**-52) if t.is_floating_point() else t, inputs)
+    conditioning = relative_error(expected, _run(pair.source, tensors, nudged))
+    if error <= _CONDITIONING * conditioning:
+        return error
+    where = first_difference(plan, pair.mode, pair.source, pair.wide, tensors, wide, inputs)
+    raise VerificationError(
+        f"in {pair.mode} mode the expanded graph differs from the model by {error:.1e} of its output (one unit in the "
+        f"last place of the input: {conditioning:.1e}). {where} Nothing is returned; please report this model. "
+        "A ratio of {glob: 1} for the parameters around that node leaves them as they are"
+    )
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps a copy of each node's result, as it is when the node has run."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.results: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.results[n.name] = pytree.tree_map_only(Tensor, torch.clone, result)
+        return result
+
+
+def _record(module: fx.GraphModule, tensors: Mapping[str, Tensor], inputs: Any) -> dict[str, Any]:
+    bound = copy.deepcopy(module)
+    for name, tensor in tensors.items():
+        put_tensor(bound, name, tensor.clone())
+    for name, buffer in list(bound.named_buffers()):
+        if name not in tensors and buffer.is_floating_point():
+            put_tensor(bound, name, buffer.double())
+    recorder = _Recorder(bound)
+    flat = flat_inputs(module, *inputs)
+    recorder.run(*pytree.tree_map_only(Tensor, torch.clone, flat), enable_io_processing=False)
+    return recorder.results
+
+
+def first_difference(
+    plan: Plan,
+    key: str,
+    source: fx.GraphModule,
+    wide: fx.GraphModule,
+    tensors: Mapping[str, Tensor],
+    wide_tensors: Mapping[str, Tensor],
+    inputs: Any,
+) -> str:
+    """The first node whose wide result is not the copies of the model's result, in words."""
+    expected, actual = _record(source, tensors, inputs), _record(wide, wide_tensors, inputs)
+    facts = plan.analysis.graphs[key]
+    for node in facts.module.graph.nodes:
+        value = facts.values.get(node)
+        if node.op != "call_function" or not isinstance(value, list) or not isinstance(expected[node.name], Tensor):
+            continue
+        wanted, found = _copies(plan, expected[node.name], value), _final(wide, node.name, actual)
+        error = relative_error(wanted, found)
+        if error > TOLERANCE:
+            shapes = f"{list(expected[node.name].shape)} -> {list(found.shape)}"
+            return f"The first node that differs is {node.name!r} ({op_name(node.target)}, {shapes}), by {error:.1e}."
+    return "No single node differs."
+
+
+def _copies(plan: Plan, tensor: Tensor, axes: Sequence[Expr]) -> Tensor:
+    for dim, axis in enumerate(axes):
+        if plan.widening.widens(axis):
+            tensor = tensor.index_select(dim, plan.widening.gather(axis))
+    return tensor
+
+
+def _final(wide: fx.GraphModule, name: str, results: Mapping[str, Any]) -> Any:
+    """A node's result behind the constants that widening put after it."""
+    node = next(n for n in wide.graph.nodes if n.name == name)
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in (aten.mul.Tensor, aten.add.Tensor) and "source" in users[0].meta:
+        return results[users[0].name]
+    return results[name]
+
+
+def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Generator) -> float:
+    """The module itself against its capture, in eval mode."""
+    module = copy.deepcopy(draft.skeleton, {id(p): p for p in draft.model.parameters()}).eval()
+    graph = _copy_graph(capture)
+    if deterministic(graph) is not None:
+        return 0.0
+    inputs = random_like((draft.args, draft.kwargs), _other_batch(capture), generator, torch.float64)
+    named = [*draft.model.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    tensors = {name: t.detach().double() if t.is_floating_point() else t.detach() for name, t in named}
+    used = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    expected = _run(module, tensors, inputs)
+    actual = _run(graph, {name: t for name, t in tensors.items() if name in used}, inputs)
+    error = relative_error(expected, actual)
+    if error > _CAST_TOLERANCE:
+        raise VerificationError(
+            f"torch.export's capture of {type(draft.model).__name__} differs from the module by {error:.1e} of its "
+            "output in eval mode; the module does something that capture cannot see (state outside parameters and "
+            "buffers, or Python branches on values)"
+        )
+    return error if error <= TOLERANCE else 0.0
+
+
+def verify(
+    model: nn.Module,
+    teacher: DynamicTeacher,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> float:
+    """Compare a teacher with a model on random inputs, in eval mode.
+
+    Args:
+        model: the module that the teacher was made from (or, after training, the folded student is no such thing: the
+            networks have parted by then).
+        teacher: the dynamic teacher.
+        example_inputs: positional inputs whose shapes and ranges count; by default those of the expansion.
+        dtype: floating dtype of the comparison; both are copied, not changed.
+
+    Returns:
+        max |difference| / max |output| of the teacher against the model.
+    """
+    args, kwargs = teacher.example if example_inputs is None else (tuple(example_inputs), {})
+    inputs = random_like((args, kwargs), None, torch.Generator().manual_seed(0), dtype)
+    source = copy.deepcopy(model).to(dtype).eval()
+    wide = copy.deepcopy(teacher).to(dtype).eval()
+    graph = wide.graphs["eval_mode"]
+    if dtype == torch.float64:
+        assert isinstance(graph, fx.GraphModule)
+        deterministic(graph)
+    with torch.no_grad():
+        return relative_error(source(*inputs[0], **inputs[1]), wide(*inputs[0], **inputs[1]))

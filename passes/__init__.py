@@ -1,0 +1,10 @@
+"""Passes: transformations of FX graphs, each usable alone on a captured `fx.GraphModule` or in a `Pipeline`."""
+
+from gpd_fx.passes.base import Pass as Pass
+from gpd_fx.passes.base import PassResult as PassResult
+from gpd_fx.passes.base import Pipeline as Pipeline
+from gpd_fx.passes.branch import Branch as Branch
+from gpd_fx.passes.fold import Fold as Fold
+from gpd_fx.passes.merge import Merge as Merge
+from gpd_fx.passes.propagate import Propagate as Propagate
+from gpd_fx.passes.widen import Widen as Widen

@@ -1,0 +1,90 @@
+"""Fold: back from the dynamic teacher to the plain student (channel-branch reparameterization).
+
+    M = W + sum of branches        merged kernel, wide
+    Ws = M[student's slice]        the student's kernel
+
+A wide graph made by `Widen` holds alpha·M, so there the slice is divided by alpha, which is never zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from gpd_fx.analysis import fetch
+from gpd_fx.errors import FoldError, PassError
+from gpd_fx.layout import ParamPlan, along
+from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.branch import find_composition
+from gpd_fx.passes.widen import GRAPH, PLAN, put
+from gpd_fx.plan import Plan
+from gpd_fx.private import copy_graph
+from gpd_fx.teacher import DynamicTeacher
+
+
+def fold(teacher: nn.Module) -> nn.Module:
+    """The trained student: a module of the given model's class, with its `state_dict` keys and shapes.
+
+    Args:
+        teacher: what `gpd_fx.expand` returned, trained or not; wrapped by `torch.compile` or DistributedDataParallel or
+            not. It is not changed.
+
+    Returns:
+        A new module in the teacher's mode. Its parameters are the student's slices of the merged kernels, its buffers
+        are the student's own.
+
+    Raises:
+        FoldError: the argument is no dynamic teacher.
+    """
+    for wrapper in ("_orig_mod", "module"):
+        inner = getattr(teacher, wrapper, None)
+        teacher = inner if isinstance(inner, DynamicTeacher) else teacher
+    if not isinstance(teacher, DynamicTeacher):
+        raise FoldError(f"cannot fold a {type(teacher).__name__}; pass what gpd_fx.expand or gpd_fx.load returned")
+    student = copy.deepcopy(teacher.skeleton)
+    with torch.no_grad():
+        tensors = teacher.composition.student()
+    made = {n: nn.Parameter(t.detach().clone(), requires_grad=teacher.trainable[n]) for n, t in tensors.items()}
+    for alias, name in teacher.aliases.items():
+        if name in made:
+            owner, _, leaf = alias.rpartition(".")
+            setattr(student.get_submodule(owner), leaf, made[name])
+    return student
+
+
+@dataclass(frozen=True)
+class Fold(Pass):
+    """Takes a graph that `Widen` made, trained or not, with its branches merged, back to the width it had."""
+
+    def requires(self, module: fx.GraphModule) -> None:
+        if not isinstance(module.meta.get(PLAN), Plan):
+            raise PassError("Fold: the graph was not made by the pass Widen, which leaves the plan to fold by")
+        if find_composition(module) is not None:
+            raise PassError("Fold: the graph has branches; run the pass Merge first")
+
+    def run(self, module: fx.GraphModule) -> PassResult:
+        plan: Plan = module.meta[PLAN]
+        source = plan.analysis.graphs[GRAPH].module
+        graph, _ = copy_graph(source.graph)
+        root = nn.Module()
+        made: dict[str, Tensor] = {}
+        for node in source.graph.find_nodes(op="get_attr"):
+            target, old = str(node.target), fetch(source, str(node.target))
+            name = plan.analysis.tensor_name(GRAPH, node)
+            if isinstance(old, Tensor) and name not in made:
+                made[name] = _narrow(plan.tensors[name], fetch(module, target))
+            put(root, target, made.get(name, old), like=old)
+        return PassResult(fx.GraphModule(root, graph), bool(plan.widening.copies))
+
+
+def _narrow(plan: ParamPlan, wide: Tensor) -> Tensor:
+    with torch.no_grad():
+        tensor = wide.detach()
+        for dim, alpha in enumerate(plan.alpha):
+            if alpha is not None:
+                tensor = tensor / along(alpha, dim, tensor.dim()).to(tensor.dtype).to(tensor.device)
+        narrow = plan.student(tensor).clone()
+    return nn.Parameter(narrow, wide.requires_grad) if isinstance(wide, nn.Parameter) else narrow

@@ -1,0 +1,104 @@
+"""Widen: rewrite a captured graph so that every widened axis holds unscaled copies of the model's channels.
+
+Nodes stay, with their order and names. What changes is what rules state as effects: alpha at contracted operands,
+sizes, groups, slice bounds, and constants behind reductions. A parameter of the wide graph is the model's parameter
+gathered along its widened axes, times alpha where all its uses agree on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from gpd_fx.analysis import analyse, check_captured, fetch
+from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.plan import Plan, Ratio, make_plan
+from gpd_fx.private import copy_graph
+from gpd_fx.report import frozen_notes
+from gpd_fx.rules.rewriter import Rewriter
+
+GRAPH = "graph"  # the name of a graph that is analysed alone
+PLAN = "gpd_fx_plan"  # key in the meta of a wide GraphModule: the plan that it was made by
+_ALPHA = "_gpd_alpha_"
+
+
+@dataclass(frozen=True)
+class Widen(Pass):
+    """Widen one captured graph by itself.
+
+    Attributes:
+        ratio: expansion ratio >= 1, or `{parameter-name glob: ratio}`.
+        seed: for the unequal shares alpha.
+        equal_alpha: give all copies of a channel equal shares.
+    """
+
+    ratio: Ratio = 2.0
+    seed: int = 0
+    equal_alpha: bool = False
+
+    def requires(self, module: fx.GraphModule) -> None:
+        check_captured(module, self.name)
+
+    def run(self, module: fx.GraphModule) -> PassResult:
+        analysis = analyse({GRAPH: module})
+        plan = make_plan(analysis, self.ratio, seed=self.seed, equal_alpha=self.equal_alpha)
+
+        def tensor(name: str, old: Tensor) -> Tensor:
+            shaped = plan.tensors[name]
+            with torch.no_grad():
+                wide = shaped.scale(shaped.widen(old.detach())).clone()
+            return nn.Parameter(wide, old.requires_grad) if isinstance(old, nn.Parameter) else wide
+
+        wide = widen_graph(plan, GRAPH, tensor)
+        wide.meta[PLAN] = plan
+        return PassResult(wide, bool(plan.widening.copies), frozen_notes(plan))
+
+
+def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | None]) -> fx.GraphModule:
+    """The wide form of one graph of a plan.
+
+    `tensor(canonical name, model's tensor)` gives the parameters and buffers that the wide graph holds; where it gives
+    None the attribute exists and is None, for a caller that supplies tensors at each call.
+    """
+    facts = plan.analysis.graphs[key]
+    graph, mapping = copy_graph(facts.module.graph)
+    root = nn.Module()
+    for node in facts.module.graph.find_nodes(op="get_attr"):
+        old = fetch(facts.module, str(node.target))
+        if isinstance(old, Tensor):
+            put(root, str(node.target), tensor(plan.analysis.tensor_name(key, node), old), like=old)
+        else:
+            put(root, str(node.target), old, like=old)
+    count = 0
+
+    def constant(value: Tensor) -> str:
+        nonlocal count
+        count += 1
+        root.register_buffer(f"{_ALPHA}{count - 1}", value, persistent=False)
+        return f"{_ALPHA}{count - 1}"
+
+    rewriter = Rewriter(graph, plan.widening, constant, plan.absorbed[key])
+    for node, effects in facts.effects.items():
+        for effect in effects:
+            effect.apply(rewriter, mapping[node])
+    wide = fx.GraphModule(root, graph)
+    wide.recompile()
+    return wide
+
+
+def put(root: nn.Module, path: str, value: object, *, like: object) -> None:
+    """Set the attribute at a dotted path, making the modules on the way; `like` says whether it is a parameter."""
+    *owners, name = path.split(".")
+    for owner in owners:
+        if not hasattr(root, owner):
+            root.add_module(owner, nn.Module())
+        root = getattr(root, owner)
+    if isinstance(like, nn.Parameter):
+        root.register_parameter(name, value)  # pyright: ignore[reportArgumentType]  a parameter or None
+    elif isinstance(like, Tensor):
+        root.register_buffer(name, value, persistent=value is not None)  # pyright: ignore[reportArgumentType]  likewise
+    else:
+        setattr(root, name, value)
