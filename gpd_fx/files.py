@@ -33,7 +33,11 @@ def staging(target: Path) -> Generator[Path]:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Flush `source` to disk and move it over `target` in one step."""
+    """Flush `source` to disk and move it over `target` in one step, with the permissions that any new file gets."""
+    usual = source.with_name(f"{source.name}.new")  # some writers make files that only their owner can read
+    usual.touch()
+    source.chmod(usual.stat().st_mode)
+    usual.unlink()
     with source.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(source, target)
