@@ -9,7 +9,6 @@ refuses where the result is not the network that was saved.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -52,7 +51,7 @@ def save(teacher: DynamicTeacher, path: str | os.PathLike[str]) -> None:
     args, kwargs = teacher.example
     description = {
         "format": _FORMAT,
-        "gpd_fx": _version("gpd_fx"),
+        "gpd_fx": _version(),
         "torch": torch.__version__,
         "model": _class_name(teacher.skeleton),
         "recipe": teacher.recipe,
@@ -95,7 +94,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Sequenc
         verify=False,
     )
     if _digest(teacher.composition.plans) != description["plan"]:
-        here = f"gpd_fx {_version('gpd_fx')}, torch {torch.__version__}"
+        here = f"gpd_fx {_version()}, torch {torch.__version__}"
         raise CheckpointError(
             f"{str(source)!r} was saved with gpd_fx {description['gpd_fx']} and torch {description['torch']}, where "
             f"this model widens in another way than here ({here}); load it with those versions, fold it there and save "
@@ -141,7 +140,7 @@ def _read_description(source: Path) -> dict[str, Any]:
         if description["format"] > _FORMAT:
             raise CheckpointError(
                 f"{str(source)!r} has format {description['format']}, written by gpd_fx {description['gpd_fx']}; this "
-                f"version ({_version('gpd_fx')}) reads up to format {_FORMAT}, so upgrade gpd_fx"
+                f"version ({_version()}) reads up to format {_FORMAT}, so upgrade gpd_fx"
             )
         missing = {"model", "recipe", "student", "plan", "example", "torch"} - description.keys()
         if missing:
@@ -266,8 +265,7 @@ def _class_name(model: nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
+def _version() -> str:
+    import gpd_fx  # not at the top: the package imports this module before it knows its version
+
+    return gpd_fx.__version__

@@ -22,12 +22,17 @@ def test_a_published_file_replaces_the_old_one_and_the_staging_folder_is_gone(tm
     assert list(tmp_path.iterdir()) == [target]
 
 
+def interrupted(target: Path) -> None:
+    with staging(target) as folder:
+        (folder / "new").write_text("half")
+        raise KeyboardInterrupt
+
+
 def test_an_error_before_publishing_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "result"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), staging(target) as folder:
-        (folder / "new").write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(target)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
