@@ -127,7 +127,8 @@ class GPDLosses:
 class GPDLoss:
     """The training objective of Gap Preserving Distillation, with the method's defaults.
 
-        losses = GPDLoss()(*teacher.both(x), target)        # -> (student_out, teacher_out)
+        teacher_out, student_out = teacher.both(x)
+        losses = GPDLoss()(student_out, teacher_out, target)
         losses.total.backward()
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpd_fx.errors import ArgumentError
@@ -18,8 +18,17 @@ class Curve:
     runs: Sequence[Sequence[float]]
 
 
-def plot_curves(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str], title: str) -> None:
-    """Write one panel per entry, curves over epochs (from 1), to the PNG file `path`.
+@dataclass(frozen=True)
+class Panel:
+    """Curves over one pair of axes; what lies below `floor` is cut off."""
+
+    label: str
+    curves: Sequence[Curve]
+    floor: float | None = None
+
+
+def plot_curves(panels: Sequence[Panel], path: str | os.PathLike[str], title: str) -> None:
+    """Write the panels side by side, curves over epochs (from 1), to the PNG file `path`.
 
     Raises:
         ArgumentError: matplotlib is missing, or `path` cannot be written.
@@ -35,14 +44,15 @@ def plot_curves(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[s
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (name, curves) in zip(axes, panels.items(), strict=True):
-        for curve in curves:
+    for axis, panel in zip(axes, panels, strict=True):
+        for curve in panel.curves:
             epochs = range(1, len(curve.runs[0]) + 1)
             columns = list(zip(*curve.runs, strict=True))
             (line,) = axis.plot(epochs, [sum(column) / len(column) for column in columns], label=curve.label)
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axis.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set(xlabel="epoch", ylabel=name)
+        axis.set(xlabel="epoch", ylabel=panel.label)
+        axis.set_ylim(bottom=panel.floor)  # after the curves: it ends autoscaling
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)

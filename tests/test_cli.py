@@ -1,0 +1,109 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from gpd_fx import expand, fold, save
+from gpd_fx.cli import app
+from gpd_fx.digits import DigitNet
+from gpd_fx.models import save_weights
+
+DIGITS = "gpd_fx.digits:DigitNet"
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def plain(text: str) -> str:
+    """Without the boxes and line breaks that depend on the width of the terminal."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "fold", "export"])
+def test_help_teaches_with_examples(command: str) -> None:
+    assert f"gpd-fx {command}" in plain(run("--help").stdout)
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Examples • gpd-fx {command}" in plain(result.stdout)
+
+
+def test_version_and_no_command() -> None:
+    assert run("--version").stdout.startswith("gpd-fx ")
+    assert "Usage" in run().output
+
+
+def test_python_m_is_the_same() -> None:
+    result = subprocess.run([sys.executable, "-m", "gpd_fx", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("gpd-fx ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "resnet18"), "torchvision:NAME"),
+        (("inspect", DIGITS, "--ratio", "0.5"), "0.5"),
+        (("inspect", DIGITS, "--input", "1,8,x"), "'1,8,x' must be positive whole numbers"),
+        (("inspect", DIGITS, "--json", "/nowhere/report.json"), "does not exist"),
+        (("fold", DIGITS, "/nowhere/teacher", "/nowhere/student"), "does not exist"),
+        (("fold", DIGITS, "no-such-file", "student.safetensors"), "no-such-file"),
+        (("export", DIGITS, "student.onnx", "--weights", "no-such-file"), "no-such-file"),
+        (("demo", "--seeds", "0"), "seeds=0"),
+        (("demo", "--epochs", "0"), "epochs=0"),
+    ],
+)
+def test_our_errors_are_one_message_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_prints_the_report_and_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    result = run("inspect", DIGITS, "--input", "1,8,8", "--ratio", "3", "--json", path)
+    assert result.exit_code == 0
+    report = json.loads(path.read_text())
+    assert report["student_parameters"] == sum(parameter.numel() for parameter in DigitNet().parameters())
+    assert report["teacher_parameters"] > 5 * report["student_parameters"]
+    assert f"{report['student_parameters']:,}" in result.stdout
+
+
+def test_fold_then_export(tmp_path: Path) -> None:
+    images = torch.rand(3, 1, 8, 8)
+    teacher = expand(DigitNet(), 2.0, (images,), verify=False)
+    save(teacher, tmp_path / "teacher.safetensors")
+    weights = tmp_path / "student.safetensors"
+    result = run("fold", DIGITS, tmp_path / "teacher.safetensors", weights, "--input", "1,8,8")
+    assert result.exit_code == 0, result.output
+    folded, wanted = load_file(weights), fold(teacher).state_dict()
+    assert folded.keys() == wanted.keys()
+    assert all(torch.equal(folded[key], wanted[key]) for key in wanted)
+
+    pytest.importorskip("onnxruntime")
+    onnx = tmp_path / "student.onnx"
+    result = run("export", DIGITS, onnx, "--weights", weights, "--input", "1,8,8")
+    assert result.exit_code == 0, result.output
+    assert "ONNX Runtime differs by at most" in result.stdout
+    assert onnx.stat().st_size > 1000
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    save_weights(DigitNet(width=8), tmp_path / "wide.safetensors")
+    result = run("export", DIGITS, tmp_path / "student.onnx", "--weights", tmp_path / "wide.safetensors")
+    assert result.exit_code == 2
+    assert "does not fit the model" in result.stderr
