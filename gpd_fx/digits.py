@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from gpd_fx.errors import ArgumentError
 
 TRAIN: Final = 600  # few on purpose: with all the images every network is right, and there is nothing to compare
-VALIDATION: Final = 300
+VALIDATION: Final = 600  # many, so that neither arm gets the wrong learning rate by chance
 
 
 class Block(nn.Module):
