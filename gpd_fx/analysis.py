@@ -1,8 +1,8 @@
 """Axis-factor propagation over captured graphs: which axes are the same, which may widen.
 
 All graphs of one model (its train and eval captures) are analysed together, because they share parameters. A forward
-sweep applies each node's rule to the axes of its operands; sweeps repeat until nothing is learnt. Axes of parameters and
-of created tensors persist between sweeps, those of activations are computed anew, so no backward rules exist. The
+sweep applies each node's rule to the axes of its operands; sweeps repeat until nothing is learnt. Axes of parameters
+and of created tensors persist between sweeps, those of activations are computed anew, so no backward rules exist. The
 symbolic batch stands as a large prime, which makes every size factor without ambiguity.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from gpd_fx.axes import AxisSolver, Expr, Reason, size
 from gpd_fx.errors import PassError
+from gpd_fx.paths import fetch
 from gpd_fx.rules import Axes, Site, Value, rule_of
 from gpd_fx.rules.effects import Effect
 from gpd_fx.rules.site import Shape, freeze_value, frozen_value
@@ -55,14 +56,6 @@ class Analysis:
         """The canonical name of the tensor that a get_attr node reads."""
         target = str(node.target)
         return self.canonical.get(target) or f"{graph}:{target}"
-
-
-def fetch(module: torch.nn.Module, target: str) -> Any:
-    """The attribute at a dotted path."""
-    value: Any = module
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def shapes_of(module: fx.GraphModule) -> dict[fx.Node, Shape]:

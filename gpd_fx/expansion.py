@@ -24,7 +24,7 @@ from gpd_fx.plan import Plan, Ratio, check_ratio, make_plan
 from gpd_fx.private import drop_parameters
 from gpd_fx.report import ExpansionReport, channel_groups, covered, frozen_axes
 from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import check_expansion
+from gpd_fx.verify import check_expansion, check_teacher
 
 MODES = ("eval", "train")
 
@@ -113,6 +113,8 @@ def expand(
         (draft.args, draft.kwargs),
         report,
     )
+    if verify:
+        check_teacher(teacher, model)
     return teacher.train(model.training)
 
 

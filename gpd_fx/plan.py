@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -30,10 +30,10 @@ from gpd_fx.axes import Atom, Cat, Copies, Expr, Reason, Widening, atoms, parts,
 from gpd_fx.errors import ArgumentError
 from gpd_fx.layout import KernelLayout, ParamPlan
 from gpd_fx.rules.effects import Contract, Extent
-from gpd_fx.rules.site import Value, bind, op_name
+from gpd_fx.rules.site import Value, bind
+from gpd_fx.weights import weight_layout
 
 Ratio: TypeAlias = float | Mapping[str, float]
-_WEIGHTED = ("aten.conv", "aten.linear.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,10 +276,10 @@ def _kernel(analysis: Analysis, widening: Widening, uses: list[tuple[str, fx.Nod
     """The layout of a parameter that is only ever the weight of conv or linear ops of one kind."""
     layouts: set[KernelLayout] = set()
     for key, node, user in uses:
-        args = bind(user) if op_name(user.target).startswith(_WEIGHTED) else {}
-        if args.get("weight") is not node or list(args.values()).count(node) != 1:
+        use = weight_layout(user)
+        if use is None or use[0] is not node or list(bind(user).values()).count(node) != 1:
             return None
         groups = [e for e in analysis.graphs[key].effects.get(user, ()) if isinstance(e, Extent) and e.arg == "groups"]
-        wide = widening.size(groups[0].expr) if groups else int(args.get("groups", 1))
-        layouts.add(KernelLayout(wide, "transpose" in op_name(user.target), int(args.get("groups", 1))))
+        wide = widening.size(groups[0].expr) if groups else use[1].groups
+        layouts.add(replace(use[1], groups=wide))
     return layouts.pop() if len(layouts) == 1 else None

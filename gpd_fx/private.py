@@ -40,5 +40,6 @@ def put_tensor(module: nn.Module, path: str, tensor: Tensor) -> None:
     """Put a plain tensor in the place of the parameter or buffer at a dotted path."""
     owner, _, leaf = path.rpartition(".")
     holder = module.get_submodule(owner)
+    vars(holder).pop(leaf, None)
     holder._parameters.pop(leaf, None)
     holder._buffers[leaf] = tensor

@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 
 from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
+from gpd_fx.paths import put
+from gpd_fx.private import copy_graph
 from gpd_fx.report import ExpansionReport
 
 Role = Literal["teacher", "student", "both"]
@@ -95,6 +97,28 @@ class DynamicTeacher(nn.Module):
         """Run the student's module with composed tensors, by canonical name."""
         state = {alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}
         return torch.func.functional_call(self.skeleton, state, args, kwargs, tie_weights=False)
+
+    def as_graph(self, mode: Literal["train", "eval"] = "eval") -> fx.GraphModule:
+        """The teacher alone, as one captured graph that passes can take: its weights come from a `composition`.
+
+        It shares parameters and buffers with this module. `gpd_fx.passes.Merge()` turns it into a plain wide model.
+        """
+        from gpd_fx.passes.branch import insert_composition  # passes import this module
+
+        source = self.graphs[f"{mode}_mode"]
+        assert isinstance(source, fx.GraphModule)
+        graph = fx.GraphModule(source, copy_graph(source.graph)[0])
+        buffers = dict(self.wide_buffers.named_buffers())
+        names: dict[str, tuple[str, ...]] = {}
+        for target, name in self._feeds[mode].items():
+            if name in buffers:
+                put(graph, target, buffers[name], like=buffers[name])
+            else:
+                names[name] = (*names.get(name, ()), target)
+        graph.add_submodule("composition", self.composition)
+        insert_composition(graph, names)
+        graph.recompile()
+        return graph
 
     def report(self) -> ExpansionReport:
         """What the expansion did: widths, coverage, what stayed unwidened and why, costs."""

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from gpd_fx.analysis import fetch
 from gpd_fx.axes import Expr
 from gpd_fx.errors import VerificationError
+from gpd_fx.paths import fetch
 from gpd_fx.plan import Plan
 from gpd_fx.private import OpOverload, copy_graph, flat_inputs, put_tensor
 from gpd_fx.rules.site import bind, op_name
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-9
 _CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
+_ROUNDINGS = 1e5  # how many units of rounding a deep network may gather in its own dtype
 _CAST_TOLERANCE = 1e-4  # module against capture: a module may cast to float32 by itself
 aten = torch.ops.aten
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
@@ -318,6 +319,48 @@ def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Gener
             "buffers, or Python branches on values)"
         )
     return error if error <= TOLERANCE else 0.0
+
+
+def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
+    """The finished teacher against the module: its tensors to the last bit, its outputs to the rounding of their dtype.
+
+    Raises:
+        VerificationError: either differs.
+    """
+    student = dict(model.named_parameters())
+    wide, narrow = teacher.composition()
+    for plan in teacher.composition.plans:
+        tensor = student[plan.name].detach()
+        if not torch.equal(narrow[plan.name], tensor) or not torch.equal(
+            wide[plan.name], plan.scale(plan.widen(tensor))
+        ):
+            raise VerificationError(
+                f"the composed tensors of {plan.name!r} differ from the model's; please report this"
+            )
+    parameter = next(iter(student.values()), None)
+    if parameter is None or not parameter.is_floating_point():
+        return
+    generator = torch.Generator().manual_seed(0)
+    inputs = pytree.tree_map_only(
+        Tensor,
+        lambda t: t.to(parameter.dtype) if t.is_floating_point() else t,
+        random_like(teacher.example, None, generator, torch.float64),
+    )
+    source = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    was_training = teacher.training
+    teacher.eval()
+    with torch.no_grad():
+        expected = source(*inputs[0], **inputs[1])
+        outputs = teacher.both(*inputs[0], **inputs[1])
+    teacher.train(was_training)
+    limit = max(_ROUNDINGS * torch.finfo(parameter.dtype).eps, TOLERANCE)
+    for role, output in zip(("teacher", "student"), outputs, strict=True):
+        error = relative_error(expected, output)
+        if error > limit:
+            raise VerificationError(
+                f"the finished dynamic teacher's {role} differs from the model by {error:.1e} of its output in eval "
+                f"mode, more than rounding in {parameter.dtype} explains ({limit:.1e}); please report this model"
+            )
 
 
 def verify(

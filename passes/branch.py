@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx, nn
 
 from gpd_fx.branches import MAIN, resolve_branches
@@ -24,22 +22,8 @@ from gpd_fx.composition import Composition
 from gpd_fx.errors import PassError
 from gpd_fx.layout import KernelLayout, ParamPlan
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.weights import weight_layout
 
-aten = torch.ops.aten
-
-# op -> (is it transposed, where its number of groups stands); the weight is argument 1 of each
-WEIGHTED: dict[Callable[..., Any], tuple[bool, int | None]] = {
-    aten.linear.default: (False, None),
-    aten.conv1d.default: (False, 6),
-    aten.conv2d.default: (False, 6),
-    aten.conv3d.default: (False, 6),
-    aten.conv1d.padding: (False, 6),
-    aten.conv2d.padding: (False, 6),
-    aten.conv3d.padding: (False, 6),
-    aten.conv_transpose1d.default: (True, 6),
-    aten.conv_transpose2d.input: (True, 6),
-    aten.conv_transpose3d.input: (True, 6),
-}
 ALIASES = "gpd_fx_aliases"
 """Key in the meta of the composition's node: every name of each parameter that it replaced."""
 
@@ -50,21 +34,6 @@ def find_composition(module: fx.GraphModule) -> fx.Node | None:
         if isinstance(module.get_submodule("composition"), Composition):
             return node
     return None
-
-
-def weight_layout(node: fx.Node) -> tuple[fx.Node, KernelLayout] | None:
-    """The node of the weight that a conv or linear node uses, and how it does; None for another node."""
-    if node.op != "call_function" or node.target not in WEIGHTED:
-        return None
-    transposed, at = WEIGHTED[node.target]  # pyright: ignore[reportArgumentType]  found there a line above
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    if not isinstance(weight, fx.Node):
-        return None
-    groups = 1
-    if at is not None:
-        groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
-    assert isinstance(groups, int)
-    return weight, KernelLayout(groups, transposed, groups)
 
 
 @dataclass(frozen=True)
@@ -105,7 +74,7 @@ class Branch(Pass):
             self.seed,
         )
         module.add_submodule("composition", composition)
-        _insert(module, aliases)
+        insert_composition(module, aliases)
         for name in (alias for group in aliases.values() for alias in group):
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, None)  # an empty place, so that Merge restores the order of keys
@@ -136,8 +105,8 @@ def _aliases(module: fx.GraphModule, names: Iterable[str]) -> dict[str, tuple[st
     return {name: tuple(everywhere[id(module.get_parameter(name))]) for name in names}
 
 
-def _insert(module: fx.GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:
-    """Call the composition before everything else, and take the weights from it."""
+def insert_composition(module: fx.GraphModule, aliases: dict[str, tuple[str, ...]]) -> None:
+    """Call the submodule `composition` before everything else, and take the parameters in `aliases` from it."""
     graph = module.graph
     canonical = {alias: name for name, group in aliases.items() for alias in group}
     replaced = [node for node in graph.find_nodes(op="get_attr") if str(node.target) in canonical]

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from gpd_fx.analysis import fetch
 from gpd_fx.errors import FoldError, PassError
 from gpd_fx.layout import ParamPlan, along
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import find_composition
-from gpd_fx.passes.widen import GRAPH, PLAN, put
+from gpd_fx.passes.widen import GRAPH, PLAN
+from gpd_fx.paths import fetch, put
 from gpd_fx.plan import Plan
 from gpd_fx.private import copy_graph
 from gpd_fx.teacher import DynamicTeacher

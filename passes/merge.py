@@ -20,6 +20,7 @@ from gpd_fx.composition import Composition
 from gpd_fx.errors import PassError
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import ALIASES, find_composition
+from gpd_fx.paths import put
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Merge(Pass):
             weight = composition.weights.get_parameter(plan.name)
             plain = nn.Parameter(merged[plan.name].clone(), requires_grad=weight.requires_grad)
             for name in aliases.get(plan.name, (plan.name,)):
-                _attach(module, name, plain)
+                put(module, name, plain, like=plain)
         for teacher in list(both.users):
             for node in list(teacher.users):
                 with graph.inserting_before(node):
@@ -64,13 +65,3 @@ class Merge(Pass):
         module.delete_submodule("composition")
         module.recompile()
         return PassResult(module, True, (f"{len(composition.plans)} weights merged",))
-
-
-def _attach(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register `parameter` under a dotted name; containers that are missing are made."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in dict(module.named_children()):
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    module.register_parameter(leaf, parameter)

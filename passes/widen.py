@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from gpd_fx.analysis import analyse, check_captured, fetch
+from gpd_fx.analysis import analyse, check_captured
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.paths import fetch, put
 from gpd_fx.plan import Plan, Ratio, make_plan
 from gpd_fx.private import copy_graph
 from gpd_fx.report import frozen_notes
@@ -85,20 +86,8 @@ def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | N
         for effect in effects:
             effect.apply(rewriter, mapping[node])
     wide = fx.GraphModule(root, graph)
-    wide.recompile()
+    for node in facts.module.graph.find_nodes(op="get_attr"):  # a GraphModule turns empty places into attributes
+        old = fetch(facts.module, str(node.target))
+        if isinstance(old, Tensor) and fetch(wide, str(node.target)) is None:
+            put(wide, str(node.target), None, like=old)
     return wide
-
-
-def put(root: nn.Module, path: str, value: object, *, like: object) -> None:
-    """Set the attribute at a dotted path, making the modules on the way; `like` says whether it is a parameter."""
-    *owners, name = path.split(".")
-    for owner in owners:
-        if not hasattr(root, owner):
-            root.add_module(owner, nn.Module())
-        root = getattr(root, owner)
-    if isinstance(like, nn.Parameter):
-        root.register_parameter(name, value)  # pyright: ignore[reportArgumentType]  a parameter or None
-    elif isinstance(like, Tensor):
-        root.register_buffer(name, value, persistent=value is not None)  # pyright: ignore[reportArgumentType]  likewise
-    else:
-        setattr(root, name, value)

@@ -1,0 +1,1 @@
+"""Benchmarks and sweeps: `python -m bench.expand`, `python -m bench.zoo`."""

@@ -1,0 +1,1 @@
+"""Sweeps over the models of other libraries: is each expanded exactly, and how much of it?"""

@@ -1,0 +1,196 @@
+"""Check one model the hard way: everything random, float64, both modes, uneven ratios, a training step, fold, ONNX."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import gpd_fx
+from gpd_fx.verify import random_like, relative_error
+
+
+@dataclass
+class Record:
+    """What was found for one model. Errors are max |difference| / max |output|, keyed by ratio."""
+
+    name: str
+    parameters: int = 0
+    coverage: float = 0.0
+    factor: float = 0.0
+    eval_error: dict[str, float] = field(default_factory=dict[str, float])
+    train_error: dict[str, float] = field(default_factory=dict[str, float])
+    eval_conditioning: float = 0.0
+    train_conditioning: float = 0.0
+    fold_error: float | None = None
+    onnx_error: float | None = None
+    capture_seconds: float = 0.0
+    expand_seconds: float = 0.0
+    nodes: int = 0
+    frozen: list[tuple[str, str, int]] = field(default_factory=list[tuple[str, str, int]])
+    faults: list[str] = field(default_factory=list[str])
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    def allowed(self, mode: str) -> float:
+        """The largest error that counts as rounding: 1e-9, or 100 times what one unit in the last place does."""
+        return max(1e-9, 100 * (self.train_conditioning if mode == "train" else self.eval_conditioning))
+
+    @property
+    def exact(self) -> bool:
+        """Whether no error found is larger than rounding."""
+        evals = all(error <= self.allowed("eval") for error in self.eval_error.values())
+        trains = all(error <= self.allowed("train") for error in self.train_error.values())
+        return evals and trains and (self.fold_error or 0.0) <= self.allowed("eval")
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every floating parameter and buffer random values of a size that keeps activations near one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("running_var"):
+                tensor.copy_(noise.abs() + 0.5)
+            elif tensor.ndim > 1:
+                tensor.copy_(noise / tensor[0].numel() ** 0.5)
+            else:
+                tensor.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+    return module
+
+
+def switch_off_randomness(module: nn.Module) -> nn.Module:
+    """Set dropout and stochastic depth to zero, so that train mode is deterministic."""
+    for part in module.modules():
+        for attribute in ("p", "drop_prob", "dropout", "attn_drop_p", "drop_path_rate"):
+            value = getattr(part, attribute, None)
+            if isinstance(value, float):
+                setattr(part, attribute, 0.0)
+    return module
+
+
+def check(
+    name: str,
+    build: Callable[[], nn.Module],
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    ratios: Sequence[float] = (2.0, 3.0, 1.5),
+    train: bool = True,
+    step: bool = True,
+    onnx: bool = True,
+) -> Record:
+    """Expand a model at every ratio with the default branches and compare everything that can be compared.
+
+    `inputs` are example (args, kwargs) in float64 with a batch of 2; comparisons are made on a batch of 3.
+    """
+    torch.manual_seed(0)
+    model = switch_off_randomness(randomise(build().double()))
+    record = Record(name, parameters=sum(p.numel() for p in model.parameters()))
+    args, kwargs = inputs
+    generator = torch.Generator().manual_seed(1)
+    batch = random_like((args, kwargs), 3, generator, torch.float64)
+    record.capture_seconds = _captures(model, args, kwargs)
+    expected = {"eval": _call(model, batch, "eval")}
+    record.eval_conditioning = relative_error(expected["eval"], _call(model, _nudged(batch), "eval"))
+    if train:
+        expected["train"] = _call(model, batch, "train")
+        record.train_conditioning = relative_error(expected["train"], _call(model, _nudged(batch), "train"))
+    for ratio in ratios:
+        started = time.perf_counter()
+        teacher = gpd_fx.expand(model, ratio, args, example_kwargs=kwargs, verify=False)
+        seconds = time.perf_counter() - started
+        if ratio == 2.0:
+            report = teacher.report()
+            record.expand_seconds, record.coverage = seconds, report.coverage
+            record.factor = report.teacher_parameters / max(report.student_parameters, 1)
+            record.nodes = sum(len(m.graph.nodes) for m in teacher.graphs.children() if isinstance(m, fx.GraphModule))
+            record.frozen = [(entry.op, entry.reason, entry.cost) for entry in report.frozen if entry.cost]
+            record.faults = [entry.reason for entry in report.frozen if "its rule failed" in entry.reason]
+        for mode, errors in (("eval", record.eval_error), ("train", record.train_error)):
+            if mode in expected:
+                errors[str(ratio)] = _both_error(teacher, batch, mode, expected[mode])
+        if ratio == 2.0 and step:
+            record.fold_error, student = _step_and_fold(teacher, build, batch)
+            if onnx:
+                record.onnx_error = _onnx(student, args, kwargs)
+        del teacher
+    return record
+
+
+def _captures(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    started = time.perf_counter()
+    for mode in ("eval", "train"):
+        gpd_fx.capture(model, args, kwargs, mode=mode)  # pyright: ignore[reportArgumentType]  the two literals
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def _call(model: nn.Module, batch: Any, mode: str) -> Any:
+    run = copy.deepcopy(model).train(mode == "train")
+    return run(*_clones(batch)[0], **_clones(batch)[1])
+
+
+@torch.no_grad()
+def _both_error(teacher: gpd_fx.DynamicTeacher, batch: Any, mode: str, expected: Any) -> float:
+    teacher.train(mode == "train")
+    state = {name: value.clone() for name, value in teacher.state_dict().items()} if mode == "train" else None
+    args, kwargs = _clones(batch)
+    wide, narrow = teacher.both(*args, **kwargs)
+    if state is not None:
+        teacher.load_state_dict(state)  # running statistics
+    return max(relative_error(expected, wide), relative_error(expected, narrow))
+
+
+def _clones(batch: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, batch)
+
+
+def _nudged(batch: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t * (1 + 2.0**-52) if t.is_floating_point() else t, batch)
+
+
+def _step_and_fold(
+    teacher: gpd_fx.DynamicTeacher, build: Callable[[], nn.Module], batch: Any
+) -> tuple[float, nn.Module]:
+    """One SGD step with a loss on both outputs; then the folded student against the teacher's."""
+    teacher.train()
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=1e-3)
+    args, kwargs = _clones(batch)
+    outputs = teacher.both(*args, **kwargs)
+    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    loss = torch.stack([t.square().mean() / t.detach().square().mean().clamp_min(1e-30) for t in tensors]).sum()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+    assert torch.isfinite(norm), "gradients are not finite"
+    optimizer.step()
+    teacher.eval()
+    student = gpd_fx.fold(teacher)
+    fresh = build().double()
+    fresh.load_state_dict(student.state_dict(), strict=True)
+    assert type(fresh) is type(student)
+    with torch.no_grad():
+        expected = teacher.student(*_clones(batch)[0], **_clones(batch)[1])
+        errors = [relative_error(expected, m.eval()(*_clones(batch)[0], **_clones(batch)[1])) for m in (student, fresh)]
+    return max(errors), student
+
+
+def _onnx(student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    single = pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "student.onnx"
+        report = gpd_fx.export_onnx(student.float().eval(), path, single[0], example_kwargs=single[1])
+        assert report.max_error is not None
+        return report.max_error

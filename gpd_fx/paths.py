@@ -1,0 +1,35 @@
+"""Attributes of modules at dotted paths, such as `layer1.0.conv1.weight`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def fetch(module: nn.Module, path: str) -> Any:
+    """The attribute at a path."""
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def put(module: nn.Module, path: str, value: object, *, like: object) -> None:
+    """Set the attribute at a path, making the modules on the way; `like` says whether it is a parameter or a buffer.
+
+    An empty place (None) is registered too, so that a tensor can stand there later.
+    """
+    *owners, name = path.split(".")
+    for owner in owners:
+        if not hasattr(module, owner):
+            module.add_module(owner, nn.Module())
+        module = getattr(module, owner)
+    if name in vars(module):  # a GraphModule turns empty places into attributes
+        delattr(module, name)
+    if isinstance(like, nn.Parameter):
+        module.register_parameter(name, value)  # pyright: ignore[reportArgumentType]  a parameter or None
+    elif isinstance(like, Tensor):
+        module.register_buffer(name, value, persistent=value is not None)  # pyright: ignore[reportArgumentType]  likewise
+    else:
+        setattr(module, name, value)
