@@ -100,9 +100,13 @@ def export_onnx(
     Raises:
         ExportError: no exporter gave a file that ONNX's checker accepts and ONNX Runtime agrees with, or a package is
             missing. No file is written then, and an older one is left alone.
-        ArgumentError: `path` or `tolerance` cannot be used.
+        ArgumentError: `student` is no module, or `path` or `tolerance` cannot be used.
         InputError: the example inputs do not fit the module, hold no tensor, or cannot be inferred.
     """
+    if not isinstance(student, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
+        raise ArgumentError(
+            f"student is a {type(student).__name__}; pass a torch.nn.Module, such as gpd_fx.fold(teacher)"
+        )
     if not 0 < tolerance < float("inf"):
         raise ArgumentError(f"tolerance={tolerance!r} must be a positive finite number, such as 1e-4")
     target = output_path(path)

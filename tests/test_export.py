@@ -287,7 +287,9 @@ def test_a_tolerance_that_cannot_fail_is_refused(tmp_path: Path, tolerance: floa
         export_onnx(nn.Linear(4, 3), tmp_path / "a.onnx", (torch.randn(2, 4),), tolerance=tolerance)
 
 
-def test_bad_paths_and_inputs(tmp_path: Path) -> None:
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"student is a str; pass a torch\.nn\.Module"):
+        export_onnx("resnet18", tmp_path / "a.onnx")  # pyright: ignore[reportArgumentType]  that is the test
     with pytest.raises(ArgumentError, match="is a folder"):
         export_onnx(nn.Linear(4, 3), tmp_path, (torch.randn(2, 4),))
     with pytest.raises(ArgumentError, match="does not exist"):
