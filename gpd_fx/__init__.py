@@ -17,6 +17,7 @@ from gpd_fx.errors import GPDError as GPDError
 from gpd_fx.errors import GPDWarning as GPDWarning
 from gpd_fx.errors import InputError as InputError
 from gpd_fx.errors import PassError as PassError
+from gpd_fx.errors import TrainingError as TrainingError
 from gpd_fx.errors import VerificationError as VerificationError
 from gpd_fx.expansion import expand as expand
 from gpd_fx.expansion import inspect_model as inspect_model

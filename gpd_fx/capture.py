@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from gpd_fx.errors import CaptureError, InputError
+from gpd_fx.fakes import fake_call
 
 Mode = Literal["train", "eval"]
 _BATCH = torch.export.Dim.AUTO  # let the exporter find which leading dimensions vary, and together
@@ -134,8 +135,7 @@ def try_call(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """
     skeleton.eval()
     try:
-        with torch.no_grad():
-            output = skeleton(*args, **kwargs)
+        output = _output(skeleton, args, kwargs)
     except Exception as error:
         given = ", ".join(_describe(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
         parameter = next(skeleton.parameters(), None)
@@ -147,6 +147,15 @@ def try_call(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from error
     register_outputs(output)
     return output
+
+
+def _output(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output of a call, on fake tensors where that is possible."""
+    try:
+        return fake_call(skeleton, args, kwargs)
+    except Exception:  # noqa: BLE001  the real call decides
+        with torch.no_grad():
+            return skeleton(*args, **kwargs)
 
 
 def _describe(leaf: object) -> str:

@@ -31,12 +31,12 @@ from torch.utils.data import DataLoader
 from gpd_fx import ExpansionReport, expand, export_onnx, fold, save
 from gpd_fx.digits import TRAIN, VALIDATION, Digits, load_digits
 from gpd_fx.digits import DigitNet as DigitNet
-from gpd_fx.errors import ArgumentError
+from gpd_fx.errors import ArgumentError, TrainingError
 from gpd_fx.export import relative_error
 from gpd_fx.losses import GPDLoss, cross_entropy
 from gpd_fx.plots import Curve, Panel, plot_curves
 from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.train import Epoch, Schedule, TrainingError, evaluate, fit
+from gpd_fx.train import Epoch, Schedule, evaluate, fit
 
 _BATCH: Final = 64
 _RATES: Final = (0.03, 0.1, 0.3, 1.0)

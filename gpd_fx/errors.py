@@ -40,5 +40,9 @@ class CheckpointError(GPDError, ValueError):
     """A file is not a readable gpd_fx checkpoint, or belongs to another model."""
 
 
+class TrainingError(GPDError, RuntimeError):
+    """Training cannot go on; the message names the epoch, the step and the loss."""
+
+
 class GPDWarning(UserWarning):
     """Something worth knowing that is no error, such as a model in which nothing widens."""

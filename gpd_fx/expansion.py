@@ -16,7 +16,7 @@ from gpd_fx.branches import resolve_branches
 from gpd_fx.capture import capture_skeleton, shallow_copy, try_call
 from gpd_fx.composition import Composition, Tree, grow
 from gpd_fx.errors import ArgumentError, GPDWarning, InputError
-from gpd_fx.flops import Spec, count_flops, spec
+from gpd_fx.fakes import Spec, count_flops, spec
 from gpd_fx.inputs import prepare
 from gpd_fx.layout import ParamPlan
 from gpd_fx.passes.widen import widen_graph
@@ -129,7 +129,15 @@ def inspect_model(
 
     Takes the arguments of `expand` and raises what it raises, verification apart. Branches are not counted.
     """
-    return make_report(make_draft(model, ratio, example_inputs, example_kwargs, 0), ratio)
+    draft = make_draft(model, ratio, example_inputs, example_kwargs, 0)
+    draft.skeleton.eval()
+    student = {name: spec(p) for name, p in draft.model.named_parameters(remove_duplicate=False)}
+    student |= {name: spec(b) for name, b in draft.skeleton.named_buffers(remove_duplicate=False)}
+    return replace(
+        make_report(draft, ratio),
+        student_flops=count_flops(draft.skeleton, student, draft.args, draft.kwargs),
+        teacher_flops=count_flops(draft.graphs["eval"], _wide_specs(draft), draft.args, draft.kwargs),
+    )
 
 
 def make_draft(
@@ -162,15 +170,12 @@ def make_draft(
 
 
 def make_report(draft: Draft, ratio: Ratio) -> ExpansionReport:
-    """The report of a draft, without branches."""
+    """The report of a draft, without branches and FLOPs."""
     plan = draft.plan
     sizes = {name: parameter.numel() for name, parameter in draft.parameters.items()}
     is_covered = covered(plan)
     wide = {n: prod(plan.tensors[n].wide_shape) if n in plan.tensors else size for n, size in sizes.items()}
     total = sum(sizes.values())
-    student = {name: spec(p) for name, p in draft.model.named_parameters(remove_duplicate=False)}
-    student |= {name: spec(b) for name, b in draft.skeleton.named_buffers(remove_duplicate=False)}
-    draft.skeleton.eval()
     return ExpansionReport(
         model=type(draft.model).__name__,
         ratio=dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
@@ -180,8 +185,8 @@ def make_report(draft: Draft, ratio: Ratio) -> ExpansionReport:
         student_parameters=total,
         teacher_parameters=sum(wide.values()),
         branch_parameters=0,
-        student_flops=count_flops(draft.skeleton, student, draft.args, draft.kwargs),
-        teacher_flops=count_flops(draft.graphs["eval"], _wide_specs(draft), draft.args, draft.kwargs),
+        student_flops=0,
+        teacher_flops=0,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpd_fx.errors import InputError
+from gpd_fx.fakes import fake_call
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 _SIDES = (224, 64, 32, 256, 384, 28, 8)  # what image models are usually built for
@@ -53,30 +54,18 @@ def prepare(model: nn.Module, args: Sequence[Any] | Tensor | None, kwargs: Mappi
 
 
 def _accepts(model: nn.Module, guess: Example) -> bool:
-    """Try a call on fake tensors, which costs nothing and changes no buffer."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    """Whether a call on fake tensors goes through."""
     training = {module: module.training for module in model.modules()}
     try:
-        with mode, torch.no_grad():
-            fakes: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in _state(model)}
-            args = tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in guess[0])
-            kwargs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in guess[1].items()}
-            for module in training:
-                module.training = False
-            torch.func.functional_call(model, fakes, args, kwargs)
+        for module in training:
+            module.training = False
+        fake_call(model, *guess)
     except Exception:  # noqa: BLE001  whatever a model raises on inputs that are not its own
         return False
     finally:
         for module, was in training.items():
             module.training = was
     return True
-
-
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _guesses(model: nn.Module) -> Iterator[Example]:

@@ -48,10 +48,10 @@ def _torchvision(spec: str, name: str) -> nn.Module:
     if name.lower() not in names:
         raise ArgumentError(_unknown(spec, "torchvision", name, names))
     builder = models.get_model_builder(name)
-    # Segmentation and detection models fetch a backbone's weights unless told not to.
+    # Some models fetch a backbone's weights unless told not to.
     options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet and Inception announce another initialisation
+        warnings.simplefilter("ignore", FutureWarning)  # some models announce another initialisation
         return _build(spec, lambda: builder(weights=None, **options))
 
 

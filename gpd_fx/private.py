@@ -36,6 +36,18 @@ def drop_parameters(module: nn.Module) -> None:
             owner._parameters[name] = None
 
 
+def forget_flat_weights(module: nn.RNNBase) -> None:
+    """Let a recurrent module look its weights up at the next call; it keeps a list of those it last saw."""
+    lists: dict[str, object] = vars(module)
+    count = len(module._flat_weights_names)
+    lists["_flat_weights"] = [None] * count
+    lists["_flat_weight_refs"] = [_gone] * count
+
+
+def _gone() -> None:
+    """What a weak reference gives whose object is no more."""
+
+
 def put_tensor(module: nn.Module, path: str, tensor: Tensor) -> None:
     """Put a plain tensor in the place of the parameter or buffer at a dotted path."""
     owner, _, leaf = path.rpartition(".")

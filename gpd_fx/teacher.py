@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
+from gpd_fx.fakes import count_flops, spec
 from gpd_fx.paths import put
-from gpd_fx.private import copy_graph
+from gpd_fx.private import copy_graph, forget_flat_weights
 from gpd_fx.report import ExpansionReport
 
 Role = Literal["teacher", "student", "both"]
@@ -55,6 +58,8 @@ class DynamicTeacher(nn.Module):
         self.aliases = dict(aliases)  # every name of a student's parameter or buffer -> its canonical name
         self.trainable = dict(trainable)  # canonical name -> requires_grad, as it was in the given model
         self._report = report
+        self._slots = _slots(skeleton, aliases)
+        self._recurrent = [module for module in skeleton.modules() if isinstance(module, nn.RNNBase)]
         feeds = {key: {str(n.target) for n in g.graph.find_nodes(op="get_attr")} for key, g in graphs.items()}
         self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
 
@@ -95,8 +100,14 @@ class DynamicTeacher(nn.Module):
 
     def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the student's module with composed tensors, by canonical name."""
-        state = {alias: tensors[name] for alias, name in self.aliases.items() if name in tensors}
-        return torch.func.functional_call(self.skeleton, state, args, kwargs, tie_weights=False)
+        state = {place: tensors[name] for place, name in self._slots.items() if name in tensors}
+        try:
+            for module in self._recurrent:
+                forget_flat_weights(module)
+            return torch.func.functional_call(self.skeleton, state, args, kwargs, tie_weights=False)
+        finally:  # or the graph of this call lives on in them
+            for module in self._recurrent:
+                forget_flat_weights(module)
 
     def as_graph(self, mode: Literal["train", "eval"] = "eval") -> fx.GraphModule:
         """The teacher alone, as one captured graph that passes can take: its weights come from a `composition`.
@@ -122,7 +133,59 @@ class DynamicTeacher(nn.Module):
 
     def report(self) -> ExpansionReport:
         """What the expansion did: widths, coverage, what stayed unwidened and why, costs."""
+        if self._report.student_flops == 0:  # counted when first asked for
+            weights = {plan.name: self.composition.weights.get_parameter(plan.name) for plan in self.composition.plans}
+            narrow = {plan.name: spec(weights[plan.name], plan.shape) for plan in self.composition.plans}
+            student = {alias: narrow[name] for alias, name in self.aliases.items() if name in narrow}
+            student |= {name: spec(buffer) for name, buffer in self.skeleton.named_buffers()}
+            wide = weights | dict(self.wide_buffers.named_buffers())
+            teacher = {target: spec(wide[name]) for target, name in self._feeds["eval"].items()}
+            training = self.training
+            self.eval()
+            self._report = replace(
+                self._report,
+                student_flops=count_flops(self.skeleton, student, *self.example),
+                teacher_flops=count_flops(self.graphs["eval_mode"], teacher, *self.example),
+            )
+            self.train(training)
         return self._report
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DynamicTeacher:
+        """Move or cast; tensors that the graphs create follow the parameters."""
+        before = _home(self)
+        super()._apply(fn, recurse)
+        after = _home(self)
+        if before != after:
+            for graph in self.graphs.values():
+                assert isinstance(graph, fx.GraphModule)
+                _rehome(graph, dict(zip(before, after, strict=True)))
+        return self
 
     def extra_repr(self) -> str:
         return f"ratio={self.recipe['ratio']}, coverage={self._report.coverage:.4f}"
+
+
+def _slots(skeleton: nn.Module, aliases: Mapping[str, str]) -> dict[str, str]:
+    """One name of each place for a tensor -> its canonical name; a module that is there twice has its places once."""
+    found: dict[tuple[int, str], tuple[str, str]] = {}
+    for alias, name in aliases.items():
+        owner, _, leaf = alias.rpartition(".")
+        found.setdefault((id(skeleton.get_submodule(owner)), leaf), (alias, name))
+    return dict(found.values())
+
+
+def _home(module: nn.Module) -> tuple[torch.device, torch.dtype] | tuple[()]:
+    """Where the floating parameters are, and their dtype."""
+    return next(((p.device, p.dtype) for p in module.parameters() if p.is_floating_point()), ())
+
+
+def _rehome(graph: fx.GraphModule, moves: Mapping[Any, Any]) -> None:
+    """Replace devices and dtypes among the arguments of a graph's nodes."""
+
+    def move(value: Any) -> Any:
+        return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
+
+    for node in graph.graph.nodes:
+        node.args = pytree.tree_map(move, node.args)
+        node.kwargs = pytree.tree_map(move, dict(node.kwargs))
+    graph.recompile()

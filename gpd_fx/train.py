@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gpd_fx.errors import ArgumentError, GPDError
+from gpd_fx.errors import ArgumentError, TrainingError
 from gpd_fx.losses import GPDLoss, select_logits
 from gpd_fx.teacher import DynamicTeacher
 
@@ -28,10 +28,6 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def __len__(self) -> int: ...
-
-
-class TrainingError(GPDError, RuntimeError):
-    """Training cannot go on; the message names the epoch, the step and the loss."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gpd_fx import expand, fold
-from gpd_fx.errors import ArgumentError
+from gpd_fx.errors import ArgumentError, TrainingError
 from gpd_fx.losses import GPDLoss, cross_entropy
 from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.train import Schedule, TrainingError, decay_groups, evaluate, fit
+from gpd_fx.train import Schedule, decay_groups, evaluate, fit
 
 Batch = tuple[Tensor, Tensor]
 

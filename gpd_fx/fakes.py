@@ -1,4 +1,4 @@
-"""FLOPs of a forward pass, counted by torch on fake tensors: no memory, no arithmetic."""
+"""Forward passes on fake tensors, which cost no memory and no arithmetic, and the FLOPs that torch counts in one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ Spec = tuple[tuple[int, ...], torch.dtype, torch.device]
 def spec(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Spec:
     """What is needed to make a fake of `tensor`, of another shape if one is given."""
     return (tuple(tensor.shape) if shape is None else shape, tensor.dtype, tensor.device)
+
+
+def fake_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module on fakes of its parameters, buffers and inputs; nothing of it changes."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        state = dict[str, Tensor]()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            state[name] = mode.from_tensor(tensor)
+        args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+        return torch.func.functional_call(module, state, args, kwargs)
 
 
 def count_flops(module: nn.Module, tensors: Mapping[str, Spec], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
