@@ -286,7 +286,7 @@ def first_difference(
 def _copies(plan: Plan, tensor: Tensor, axes: Sequence[Expr]) -> Tensor:
     for dim, axis in enumerate(axes):
         if plan.widening.widens(axis):
-            tensor = tensor.index_select(dim, plan.widening.gather(axis))
+            tensor = tensor.index_select(dim, plan.widening.gather(axis).to(tensor.device))
     return tensor
 
 

@@ -33,7 +33,6 @@ class Rewriter:
         self.widening = widening
         self._constant = constant
         self._absorbed = absorbed
-        self._scaled: dict[tuple[fx.Node, tuple[bytes, ...]], fx.Node] = {}
 
     def get_arg(self, node: fx.Node, name: str) -> Any:
         """An argument by schema name, default included; `name.k` is element k of a list argument."""
@@ -82,19 +81,16 @@ class Rewriter:
         if all(vector is None for vector in vectors) or (node.name, arg) in self._absorbed:
             return
         operand: fx.Node = self.get_arg(node, arg)
-        key = (operand, tuple(b"" if v is None else v.numpy().tobytes() for v in vectors))
-        if operand.op != "get_attr" or key not in self._scaled:  # an activation may change in place between two uses
-            scaled = operand
-            for dim, vector in enumerate(vectors):
-                if vector is not None:
-                    shaped = vector.reshape([-1 if d == dim else 1 for d in range(len(vectors))])
-                    name = self._constant(shaped.to(operand.meta["val"].dtype))
-                    with self.graph.inserting_before(node):
-                        factor = self.graph.get_attr(name)
-                        scaled = self.graph.call_function(aten.mul.Tensor, (scaled, factor))
-                    scaled.meta["val"] = operand.meta["val"]  # for its dtype
-            self._scaled[key] = scaled
-        self.set_arg(node, arg, self._scaled[key])
+        value, scaled = operand.meta["val"], operand
+        for dim, vector in enumerate(vectors):
+            if vector is not None:
+                shaped = vector.reshape([-1 if d == dim else 1 for d in range(len(vectors))])
+                name = self._constant(shaped.to(value.dtype).to(value.device))
+                with self.graph.inserting_before(node):
+                    factor = self.graph.get_attr(name)
+                    scaled = self.graph.call_function(aten.mul.Tensor, (scaled, factor))
+                scaled.meta["val"] = value  # for its dtype and device
+        self.set_arg(node, arg, scaled)
 
     def after(self, node: fx.Node, op: Callable[..., Any], value: float) -> None:
         """Put `op(result, value)` in the place of the node's result, unless that would change nothing."""
@@ -103,7 +99,7 @@ class Rewriter:
         users = list(node.users)
         with self.graph.inserting_after(node):
             result = self.graph.call_function(op, (node, value))
-        result.meta["val"] = node.meta["val"]  # for its dtype
+        result.meta["val"] = node.meta["val"]  # for its dtype and device
         self._replace(node, result, users)
 
     def _replace(self, node: fx.Node, by: fx.Node, users: Sequence[fx.Node]) -> None:
