@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from gpd_fx.axes import Expr
 from gpd_fx.errors import VerificationError
+from gpd_fx.passes.widen import EXACT
 from gpd_fx.paths import fetch
 from gpd_fx.plan import Plan
 from gpd_fx.private import OpOverload, copy_graph, flat_inputs, put_tensor
@@ -129,7 +130,9 @@ def _upcast(value: Any) -> Any:
 
 def _copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph over the same root, whose constants are float64."""
-    return fx.GraphModule(module, copy_graph(module.graph)[0])
+    copied = fx.GraphModule(module, copy_graph(module.graph)[0])
+    copied.meta.update(module.meta)
+    return copied
 
 
 @dataclass
@@ -206,13 +209,23 @@ def _widened(plan: Plan, key: str, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def _run(module: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
     fresh = {name: tensor.clone() for name, tensor in tensors.items()}  # running statistics change in place
-    constants = {
-        name: buffer.double() if buffer.is_floating_point() else buffer
-        for name, buffer in module.named_buffers()
-        if name not in fresh
-    }
+    constants = _constants(module, fresh)
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)
     return torch.func.functional_call(module, constants | fresh, args, kwargs, tie_weights=False)
+
+
+def _constants(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers that are not given, in float64, as they were before they were rounded to the model's dtype."""
+    exact: dict[str, Tensor] = getattr(module, "meta", {}).get(EXACT, {})
+    rest = {name: buffer for name, buffer in module.named_buffers() if name not in given}
+    return {
+        name: exact[name].to(buffer.device)
+        if name in exact
+        else buffer.double()
+        if buffer.is_floating_point()
+        else buffer
+        for name, buffer in rest.items()
+    }
 
 
 def _compare(plan: Plan, pair: _Pair, tensors: Mapping[str, Tensor], inputs: Any) -> float:
@@ -250,9 +263,8 @@ def _record(module: fx.GraphModule, tensors: Mapping[str, Tensor], inputs: Any) 
     bound = copy.deepcopy(module)
     for name, tensor in tensors.items():
         put_tensor(bound, name, tensor.clone())
-    for name, buffer in list(bound.named_buffers()):
-        if name not in tensors and buffer.is_floating_point():
-            put_tensor(bound, name, buffer.double())
+    for name, buffer in _constants(module, tensors).items():
+        put_tensor(bound, name, buffer)
     recorder = _Recorder(bound)
     flat = flat_inputs(module, *inputs)
     recorder.run(*pytree.tree_map_only(Tensor, torch.clone, flat), enable_io_processing=False)

@@ -23,6 +23,7 @@ from gpd_fx.rules.rewriter import Rewriter
 
 GRAPH = "graph"  # the name of a graph that is analysed alone
 PLAN = "gpd_fx_plan"  # key in the meta of a wide GraphModule: the plan that it was made by
+EXACT = "gpd_fx_exact"  # key in the meta of a wide GraphModule: its constants before rounding, in float64
 _ALPHA = "_gpd_alpha_"
 
 
@@ -73,19 +74,20 @@ def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | N
             put(root, str(node.target), tensor(plan.analysis.tensor_name(key, node), old), like=old)
         else:
             put(root, str(node.target), old, like=old)
-    count = 0
+    exact: dict[str, Tensor] = {}
 
-    def constant(value: Tensor) -> str:
-        nonlocal count
-        count += 1
-        root.register_buffer(f"{_ALPHA}{count - 1}", value, persistent=False)
-        return f"{_ALPHA}{count - 1}"
+    def constant(value: Tensor, like: Tensor) -> str:
+        name = f"{_ALPHA}{len(exact)}"
+        exact[name] = value
+        root.register_buffer(name, value.to(like.dtype).to(like.device), persistent=False)
+        return name
 
     rewriter = Rewriter(graph, plan.widening, constant, plan.absorbed[key])
     for node, effects in facts.effects.items():
         for effect in effects:
             effect.apply(rewriter, mapping[node])
     wide = fx.GraphModule(root, graph)
+    wide.meta[EXACT] = exact
     for node in facts.module.graph.find_nodes(op="get_attr"):  # a GraphModule turns empty places into attributes
         old = fetch(facts.module, str(node.target))
         if isinstance(old, Tensor) and fetch(wide, str(node.target)) is None:

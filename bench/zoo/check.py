@@ -146,7 +146,7 @@ def _call(model: nn.Module, batch: Any, mode: str) -> Any:
 @torch.no_grad()
 def _both_error(teacher: gpd_fx.DynamicTeacher, batch: Any, mode: str, expected: Any) -> float:
     teacher.train(mode == "train")
-    state = {name: value.clone() for name, value in teacher.state_dict().items()} if mode == "train" else None
+    state = copy.deepcopy(teacher.state_dict()) if mode == "train" else None
     args, kwargs = _clones(batch)
     wide, narrow = teacher.both(*args, **kwargs)
     if state is not None:

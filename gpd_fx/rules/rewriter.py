@@ -17,8 +17,9 @@ aten = torch.ops.aten
 
 
 class Rewriter:
-    """Edits nodes of one graph. `constant` registers a tensor on the module and returns its attribute name.
+    """Edits nodes of one graph.
 
+    `constant(value, like)` registers a float64 tensor, in the dtype and on the device of `like`, and returns its name.
     `absorbed` are the operands (node, argument) whose alpha the stored parameter takes instead of the graph.
     """
 
@@ -26,7 +27,7 @@ class Rewriter:
         self,
         graph: fx.Graph,
         widening: Widening,
-        constant: Callable[[Tensor], str],
+        constant: Callable[[Tensor, Tensor], str],
         absorbed: set[tuple[str, str]],
     ) -> None:
         self.graph = graph
@@ -85,7 +86,7 @@ class Rewriter:
         for dim, vector in enumerate(vectors):
             if vector is not None:
                 shaped = vector.reshape([-1 if d == dim else 1 for d in range(len(vectors))])
-                name = self._constant(shaped.to(value.dtype).to(value.device))
+                name = self._constant(shaped, value)
                 with self.graph.inserting_before(node):
                     factor = self.graph.get_attr(name)
                     scaled = self.graph.call_function(aten.mul.Tensor, (scaled, factor))
