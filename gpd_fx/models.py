@@ -149,7 +149,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{str(path)!r} cannot be read as safetensors ({error}); write it with `gpd-fx fold` or "
             "safetensors.torch.save_file(model.state_dict(), path)"
         ) from error
+    state = model.state_dict()  # keeps the versions of its modules, which some need to load
+    if state.keys() != tensors.keys():
+        odd = sorted(state.keys() ^ tensors.keys())
+        raise CheckpointError(f"{str(path)!r} does not fit the model: {', '.join(odd[:8])} are in one of the two only")
+    state.update(tensors)
     try:
-        model.load_state_dict(tensors, strict=True)
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{str(path)!r} does not fit the model: {error}") from error
