@@ -52,7 +52,8 @@ class Record:
         """Whether no error found is larger than rounding."""
         evals = all(error <= self.allowed("eval") for error in self.eval_error.values())
         trains = all(error <= self.allowed("train") for error in self.train_error.values())
-        return evals and trains and (self.fold_error or 0.0) <= self.allowed("eval")
+        folds = (self.fold_error or 0.0) <= self.allowed("eval") and (self.onnx_error or 0.0) <= 1e-4
+        return evals and trains and folds and not self.faults
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -75,9 +76,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 def switch_off_randomness(module: nn.Module) -> nn.Module:
     """Set dropout and stochastic depth to zero, so that train mode is deterministic."""
     for part in module.modules():
-        for attribute in ("p", "drop_prob", "dropout", "attn_drop_p", "drop_path_rate"):
-            value = getattr(part, attribute, None)
-            if isinstance(value, float):
+        for attribute, value in list(vars(part).items()):
+            if isinstance(value, float) and (attribute == "p" or "drop" in attribute):
                 setattr(part, attribute, 0.0)
     return module
 

@@ -1,4 +1,4 @@
-"""The models that sweeps run over, by name, with the side of a square image that is large enough to be hard."""
+"""The models that sweeps run over: how each is built, and inputs that are small but hard."""
 
 from __future__ import annotations
 
@@ -9,34 +9,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpd_fx.fakes import fake_call
 from gpd_fx.models import resolve
 
-CORE: dict[str, int] = {
-    "torchvision:resnet18": 64,
-    "torchvision:resnet50": 64,
-    "torchvision:mobilenet_v2": 64,
-    "torchvision:mobilenet_v3_small": 64,
-    "torchvision:efficientnet_b0": 64,
-    "torchvision:densenet121": 64,
-    "torchvision:googlenet": 96,
-    "torchvision:shufflenet_v2_x1_0": 64,
-    "torchvision:squeezenet1_1": 64,
-    "torchvision:mnasnet1_0": 64,
-    "torchvision:regnet_y_400mf": 64,
-    "torchvision:resnext50_32x4d": 64,
-    "torchvision:convnext_tiny": 64,
-    "torchvision:vit_b_16": 224,
-    "torchvision:swin_t": 96,
-    "timm:deit_tiny_patch16_224": 224,
-    "timm:mixer_s32_224": 224,
-    "timm:resnet26d": 64,
-    "timm:ghostnet_100": 64,
-    "timm:repvgg_a0": 64,
-}
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+SIDES = (64, 96, 128, 224, 256, 384)
+
+CORE = (
+    "torchvision:resnet18",
+    "torchvision:resnet50",
+    "torchvision:mobilenet_v2",
+    "torchvision:mobilenet_v3_small",
+    "torchvision:efficientnet_b0",
+    "torchvision:densenet121",
+    "torchvision:googlenet",
+    "torchvision:shufflenet_v2_x1_0",
+    "torchvision:squeezenet1_1",
+    "torchvision:mnasnet1_0",
+    "torchvision:regnet_y_400mf",
+    "torchvision:resnext50_32x4d",
+    "torchvision:convnext_tiny",
+    "torchvision:vit_b_16",
+    "torchvision:swin_t",
+    "timm:deit_tiny_patch16_224",
+    "timm:mixer_s32_224",
+    "timm:resnet26d",
+    "timm:ghostnet_100",
+    "timm:repvgg_a0",
+)
+
+GROUPS: dict[str, Callable[[], tuple[str, ...]]] = {"core": lambda: CORE}
 
 
 def builder(name: str) -> Callable[[], nn.Module]:
-    """A function that builds the model anew, without weights from anywhere."""
+    """A function that builds the model anew, with random weights."""
 
     def build() -> nn.Module:
         with warnings.catch_warnings():
@@ -46,6 +52,24 @@ def builder(name: str) -> Callable[[], nn.Module]:
     return build
 
 
-def image_inputs(side: int, batch: int = 2) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Random float64 images as (args, kwargs)."""
-    return (torch.randn(batch, 3, side, side, dtype=torch.float64),), {}
+def inputs_for(model: nn.Module, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Random images, a batch of 2, of the smallest side that the model takes in both modes."""
+    config = getattr(model, "pretrained_cfg", None)
+    channels = 3
+    sides = SIDES
+    if isinstance(config, dict) and "input_size" in config:
+        channels, height, _ = config["input_size"]
+        sides = (height,) if config.get("fixed_input_size") else (*SIDES, height)
+    for side in sides:
+        example = (torch.randn(2, channels, side, side, dtype=dtype),)
+        if all(_takes(model.train(mode), example) for mode in (True, False)):
+            return example, {}
+    raise ValueError(f"{type(model).__name__} takes no square image of side {sides}")
+
+
+def _takes(model: nn.Module, example: tuple[Any, ...]) -> bool:
+    try:
+        fake_call(model, example, {})
+    except Exception:  # noqa: BLE001  whatever a model raises on an image that is too small
+        return False
+    return True
