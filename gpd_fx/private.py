@@ -44,6 +44,11 @@ def forget_flat_weights(module: nn.RNNBase) -> None:
     lists["_flat_weight_refs"] = [_gone] * count
 
 
+def look_up_flat_weights(module: nn.RNNBase) -> None:
+    """Let a recurrent module list the weights that it has now."""
+    module._init_flat_weights()
+
+
 def _gone() -> None:
     """What a weak reference gives whose object is no more."""
 

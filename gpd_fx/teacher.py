@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from gpd_fx.calls import call_with, places_of, recurrent_layers, tensors_of
 from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
 from gpd_fx.fakes import count_flops, spec
 from gpd_fx.paths import put
-from gpd_fx.private import copy_graph, forget_flat_weights
+from gpd_fx.private import copy_graph
 from gpd_fx.report import ExpansionReport
 
 Role = Literal["teacher", "student", "both"]
@@ -58,8 +59,8 @@ class DynamicTeacher(nn.Module):
         self.aliases = dict(aliases)  # every name of a student's parameter or buffer -> its canonical name
         self.trainable = dict(trainable)  # canonical name -> requires_grad, as it was in the given model
         self._report = report
-        self._slots = _slots(skeleton, aliases)
-        self._recurrent = [module for module in skeleton.modules() if isinstance(module, nn.RNNBase)]
+        self._places = places_of(skeleton, aliases)
+        self._recurrent = recurrent_layers(skeleton)
         feeds = {key: {str(n.target) for n in g.graph.find_nodes(op="get_attr")} for key, g in graphs.items()}
         self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
 
@@ -100,14 +101,8 @@ class DynamicTeacher(nn.Module):
 
     def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the student's module with composed tensors, by canonical name."""
-        state = {place: tensors[name] for place, name in self._slots.items() if name in tensors}
-        try:
-            for module in self._recurrent:
-                forget_flat_weights(module)
-            return torch.func.functional_call(self.skeleton, state, args, kwargs, tie_weights=False)
-        finally:  # or the graph of this call lives on in them
-            for module in self._recurrent:
-                forget_flat_weights(module)
+        state = {place: tensors[name] for place, name in self._places.items() if name in tensors}
+        return call_with(self.skeleton, state, args, kwargs, self._recurrent)
 
     def as_graph(self, mode: Literal["train", "eval"] = "eval") -> fx.GraphModule:
         """The teacher alone, as one captured graph that passes can take: its weights come from a `composition`.
@@ -136,8 +131,8 @@ class DynamicTeacher(nn.Module):
         if self._report.student_flops == 0:  # counted when first asked for
             weights = {plan.name: self.composition.weights.get_parameter(plan.name) for plan in self.composition.plans}
             narrow = {plan.name: spec(weights[plan.name], plan.shape) for plan in self.composition.plans}
-            student = {alias: narrow[name] for alias, name in self.aliases.items() if name in narrow}
-            student |= {name: spec(buffer) for name, buffer in self.skeleton.named_buffers()}
+            student = {place: narrow[name] for place, name in self._places.items() if name in narrow}
+            student |= {place: spec(buffer) for place, buffer in tensors_of(self.skeleton).items()}
             wide = weights | dict(self.wide_buffers.named_buffers())
             teacher = {target: spec(wide[name]) for target, name in self._feeds["eval"].items()}
             training = self.training
@@ -163,15 +158,6 @@ class DynamicTeacher(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ratio={self.recipe['ratio']}, coverage={self._report.coverage:.4f}"
-
-
-def _slots(skeleton: nn.Module, aliases: Mapping[str, str]) -> dict[str, str]:
-    """One name of each place for a tensor -> its canonical name; a module that is there twice has its places once."""
-    found: dict[tuple[int, str], tuple[str, str]] = {}
-    for alias, name in aliases.items():
-        owner, _, leaf = alias.rpartition(".")
-        found.setdefault((id(skeleton.get_submodule(owner)), leaf), (alias, name))
-    return dict(found.values())
 
 
 def _home(module: nn.Module) -> tuple[torch.device, torch.dtype] | tuple[()]:
