@@ -90,6 +90,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Sequenc
         args,
         example_kwargs=kwargs,
         branches=recipe["branches"],
+        exclude=recipe["exclude"],
         seed=recipe["seed"],
         verify=False,
     )

@@ -20,8 +20,9 @@ from gpd_fx.fakes import Spec, count_flops, spec
 from gpd_fx.inputs import prepare
 from gpd_fx.layout import ParamPlan
 from gpd_fx.passes.widen import widen_graph
-from gpd_fx.plan import Plan, Ratio, check_ratio, make_plan
+from gpd_fx.plan import Plan, make_plan
 from gpd_fx.private import drop_parameters
+from gpd_fx.ratios import Ratio, check_ratio
 from gpd_fx.report import ExpansionReport, channel_groups, covered, frozen_axes
 from gpd_fx.teacher import DynamicTeacher
 from gpd_fx.verify import check_expansion, check_teacher
@@ -51,6 +52,7 @@ def expand(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     branches: str | Sequence[str] | None = "orepa",
+    exclude: Sequence[str] = (),
     verify: bool = True,
     seed: int = 0,
 ) -> DynamicTeacher:
@@ -66,6 +68,7 @@ def expand(
         example_inputs: positional inputs of one call, with a batch of 2 or more. Inferred where not given.
         example_kwargs: keyword inputs of that call.
         branches: "orepa" (the default set), None for a wide teacher without branches, or a list of branch names.
+        exclude: parameter-name globs; no axis of a parameter that one of them matches is widened.
         verify: compare the result with the model in float64 on random inputs, in both modes, before it is returned.
         seed: of the random branch tensors and of the shares alpha.
 
@@ -79,7 +82,7 @@ def expand(
         VerificationError: the result differs from the model; nothing wrong is ever returned.
     """
     resolve_branches(branches)
-    draft = make_draft(model, ratio, example_inputs, example_kwargs, seed)
+    draft = make_draft(model, ratio, example_inputs, example_kwargs, exclude, seed)
     plan, parameters = draft.plan, draft.parameters
     plans = [plan.tensors.get(name) or ParamPlan.identity(name, p.shape) for name, p in parameters.items()]
     trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
@@ -100,6 +103,7 @@ def expand(
     recipe = {
         "ratio": dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
         "branches": branches if branches is None or isinstance(branches, str) else list(branches),
+        "exclude": list(exclude),
         "seed": seed,
     }
     teacher = DynamicTeacher(
@@ -124,12 +128,13 @@ def inspect_model(
     example_inputs: Sequence[Any] | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    exclude: Sequence[str] = (),
 ) -> ExpansionReport:
     """What `expand` would widen, what not and why, and what it would cost, without building it.
 
     Takes the arguments of `expand` and raises what it raises, verification apart. Branches are not counted.
     """
-    draft = make_draft(model, ratio, example_inputs, example_kwargs, 0)
+    draft = make_draft(model, ratio, example_inputs, example_kwargs, exclude, 0)
     draft.skeleton.eval()
     student = {name: spec(p) for name, p in draft.model.named_parameters(remove_duplicate=False)}
     student |= {name: spec(b) for name, b in draft.skeleton.named_buffers(remove_duplicate=False)}
@@ -145,10 +150,13 @@ def make_draft(
     ratio: Ratio,
     example_inputs: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
+    exclude: Sequence[str],
     seed: int,
 ) -> Draft:
     """Check the arguments, capture both modes, plan, and rewrite the graphs."""
     check_ratio(ratio)
+    if isinstance(exclude, str):
+        raise ArgumentError(f"exclude is the string {exclude!r}; pass a list of globs, such as [{exclude!r}]")
     if isinstance(model, DynamicTeacher):
         raise ArgumentError("the model is a dynamic teacher already; fold it first, or expand the student")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
@@ -160,7 +168,7 @@ def make_draft(
     captures = {mode: capture_skeleton(skeleton, args, kwargs, mode) for mode in MODES}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     aliases = names_of(named)
-    plan = make_plan(analyse(captures, aliases), ratio, seed=seed)
+    plan = make_plan(analyse(captures, aliases), ratio, exclude=exclude, seed=seed)
 
     def constant(name: str, old: Tensor) -> Tensor | None:
         return None if name in plan.analysis.canonical else plan.tensors[name].widen(old)
@@ -187,6 +195,7 @@ def make_report(draft: Draft, ratio: Ratio) -> ExpansionReport:
         branch_parameters=0,
         student_flops=0,
         teacher_flops=0,
+        notes=plan.notes,
     )
 
 

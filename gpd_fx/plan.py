@@ -1,13 +1,10 @@
 """The plan: which atoms widen, by how much, and what that makes of every parameter.
 
-Candidates are the free atoms of parameters. Then, in this order:
+Candidates are the free atoms of parameters. Then:
 
 1. Where an axis is a product of several candidates only one widens (a size grows by r, not by r squared): the
    outermost, but rather not one that two activations contract, so heads and not the width of a head.
-2. Each candidate gets the largest ratio that the globs ask of a parameter that produces it (has it where it is not
-   contracted). Channels that are added or concatenated are one atom, and so have one ratio.
-3. Axes that an op takes statistics over need equally many copies of every element: their ratios become the same whole
-   number (rounded up); one that holds frozen elements too cannot widen at all. Repeated until nothing changes.
+2. Ratios are chosen (see `gpd_fx.ratios`).
 
 A widened atom of size n holds the N = round(r·n) channels j mod n: originals first. The shares alpha of the copies of
 one channel are unequal, so that copies part in training, and multiples of 2^-8 (finer beyond 64 copies) that sum to
@@ -17,23 +14,19 @@ one, so that they are exact in every floating dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 from gpd_fx.analysis import Analysis
 from gpd_fx.axes import Atom, Cat, Copies, Expr, Reason, Widening, atoms, parts, size
-from gpd_fx.errors import ArgumentError
 from gpd_fx.layout import KernelLayout, ParamPlan
+from gpd_fx.ratios import Ratio, choose_ratios
 from gpd_fx.rules.effects import Contract, Extent
 from gpd_fx.rules.site import Value, bind
 from gpd_fx.weights import weight_layout
-
-Ratio: TypeAlias = float | Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,61 +38,47 @@ class Plan:
     tensors: dict[str, ParamPlan]
     absorbed: dict[str, set[tuple[str, str]]]
     held: dict[Atom, Reason]
-    ratios: dict[Atom, float]
+    notes: tuple[str, ...]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         """A plan never changes, so copies of a module share it."""
         return self
 
 
-def check_ratio(ratio: object) -> None:
-    """Raise `ArgumentError` unless `ratio` is a finite number >= 1, or a mapping of globs to such."""
-    if isinstance(ratio, Mapping):
-        if not ratio:
-            raise ArgumentError("ratio is an empty mapping; give a number >= 1 or {parameter-name glob: number}")
-        for glob, value in ratio.items():  # pyright: ignore[reportUnknownVariableType]  checked right here
-            if not isinstance(glob, str):
-                raise ArgumentError(f"ratio has the key {glob!r}; keys are parameter-name globs such as 'layer1.*'")
-            _check_number(value, f"ratio[{glob!r}]")
-    else:
-        _check_number(ratio, "ratio")
-
-
-def _check_number(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentError(f"{what} is {value!r}, a {type(value).__name__}; it must be a number >= 1, such as 2.0")
-    if not math.isfinite(value) or value < 1:
-        raise ArgumentError(f"{what} is {value}; an expansion ratio must be a finite number >= 1, such as 2.0")
-
-
-def make_plan(analysis: Analysis, ratio: Ratio = 2.0, *, seed: int = 0, equal_alpha: bool = False) -> Plan:
+def make_plan(
+    analysis: Analysis,
+    ratio: Ratio = 2.0,
+    *,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    equal_alpha: bool = False,
+) -> Plan:
     """Choose copies for every atom that may widen.
 
     Args:
         analysis: the fixpoint of axis propagation.
         ratio: expansion ratio >= 1, or `{parameter-name glob: ratio}`; the last glob that matches a name counts, and
             parameters that none matches keep their width.
+        exclude: parameter-name globs; no axis of a parameter that one matches widens.
         seed: for the unequal shares alpha.
         equal_alpha: give all copies of a channel equal shares (copies then stay equal in training).
 
     Raises:
         ArgumentError: a ratio below one, not finite or not a number; a glob that matches no parameter.
     """
-    check_ratio(ratio)
     candidates = _candidates(analysis)
     held: dict[Atom, Reason] = {}
     _one_per_product(analysis, candidates, held)
-    ratios = _ratios(analysis, [atom for atom in candidates if atom not in held], ratio, held)
-    _equalise(analysis, ratios, held)
+    ratios = choose_ratios(analysis, candidates, ratio, exclude, held)
     copies: dict[Atom, Copies] = {}
     generator = torch.Generator().manual_seed(seed)
-    for atom, value in ratios.items():
+    for atom, value in ratios.of.items():
         gather = torch.arange(round(atom.size * value)) % atom.size
         if len(gather) > atom.size:
             copies[atom] = Copies(gather, _shares(gather, generator, equal=equal_alpha))
     widening = Widening(analysis.solver, copies)
     tensors, absorbed = _tensor_plans(analysis, widening)
-    return Plan(analysis, widening, tensors, absorbed, held, ratios)
+    return Plan(analysis, widening, tensors, absorbed, held, tuple(ratios.notes))
 
 
 def _candidates(analysis: Analysis) -> list[Atom]:
@@ -151,69 +130,6 @@ def _one_per_product(analysis: Analysis, candidates: list[Atom], held: dict[Atom
 
     for expr in _expressions(analysis):
         visit(expr)
-
-
-def _ratios(analysis: Analysis, free: list[Atom], ratio: Ratio, held: dict[Atom, Reason]) -> dict[Atom, float]:
-    if not isinstance(ratio, Mapping):
-        return {atom: float(ratio) for atom in free}
-    for glob in ratio:
-        if not any(fnmatchcase(name, glob) for name in analysis.canonical):
-            some = ", ".join(list(analysis.parameters)[:4])
-            raise ArgumentError(f"the ratio glob {glob!r} matches no parameter; names look like {some}, ...")
-    aliases: dict[str, list[str]] = {}
-    for name, first in analysis.canonical.items():
-        aliases.setdefault(first, []).append(name)
-    contracted = _contracted(analysis)
-    wanted: dict[Atom, float] = {}
-    for name in analysis.parameters:
-        matches = [
-            r for glob, r in ratio.items() if any(fnmatchcase(alias, glob) for alias in aliases.get(name, [name]))
-        ]
-        for dim, axis in enumerate(analysis.tensors[name]):
-            if (name, dim) not in contracted:
-                for atom in atoms(analysis.solver.resolve(axis)):
-                    wanted[atom] = max(wanted.get(atom, 1.0), float(matches[-1]) if matches else 1.0)
-    for atom in free:
-        if wanted.get(atom, 1.0) == 1.0:
-            held[atom] = Reason("ratio", atom.label, "its expansion ratio is 1")
-    return {atom: wanted[atom] for atom in free if wanted.get(atom, 1.0) > 1.0}
-
-
-def _contracted(analysis: Analysis) -> set[tuple[str, int]]:
-    """Parameter dimensions that some op contracts."""
-    found: set[tuple[str, int]] = set()
-    for key, facts in analysis.graphs.items():
-        for node, effects in facts.effects.items():
-            for effect in effects:
-                if isinstance(effect, Contract) and "." not in effect.arg:
-                    operand = bind(node)[effect.arg]
-                    if operand.op == "get_attr":
-                        name = analysis.tensor_name(key, operand)
-                        found.update((name, d) for d, dim in enumerate(effect.dims) if any(hit for _, hit in dim))
-    return found
-
-
-def _equalise(analysis: Analysis, ratios: dict[Atom, float], held: dict[Atom, Reason]) -> None:
-    """Meet the equal-multiplicity constraints; changes `ratios` and `held`."""
-    constraints = [(parts(analysis.solver.resolve(axis)), reason) for axis, reason in analysis.equal]
-    changed = True
-    while changed:
-        changed = False
-        for group, reason in constraints:
-            members = [[atom for atom in atoms(part) if ratios.get(atom, 1.0) > 1.0] for part in group]
-            flat = dict.fromkeys(atom for member in members for atom in member)
-            if not flat:
-                continue
-            whole = float(max(math.ceil(ratios[atom]) for atom in flat))
-            if all(members) and all(ratios[atom] == whole for atom in flat):
-                continue
-            changed = True
-            for atom in flat:
-                if all(members):
-                    ratios[atom] = whole
-                else:
-                    del ratios[atom]
-                    held[atom] = Reason(reason.op, reason.node, f"{reason.text}, and part of that axis cannot widen")
 
 
 def _shares(gather: Tensor, generator: torch.Generator, *, equal: bool) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from gpd_fx.analysis import analyse, check_captured
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.paths import fetch, put
-from gpd_fx.plan import Plan, Ratio, make_plan
+from gpd_fx.plan import Plan, make_plan
 from gpd_fx.private import copy_graph
+from gpd_fx.ratios import Ratio
 from gpd_fx.report import frozen_notes
 from gpd_fx.rules.rewriter import Rewriter
 
@@ -33,11 +34,13 @@ class Widen(Pass):
 
     Attributes:
         ratio: expansion ratio >= 1, or `{parameter-name glob: ratio}`.
+        exclude: parameter-name globs; no axis of a parameter that one matches widens.
         seed: for the unequal shares alpha.
         equal_alpha: give all copies of a channel equal shares.
     """
 
     ratio: Ratio = 2.0
+    exclude: tuple[str, ...] = ()
     seed: int = 0
     equal_alpha: bool = False
 
@@ -46,7 +49,7 @@ class Widen(Pass):
 
     def run(self, module: fx.GraphModule) -> PassResult:
         analysis = analyse({GRAPH: module})
-        plan = make_plan(analysis, self.ratio, seed=self.seed, equal_alpha=self.equal_alpha)
+        plan = make_plan(analysis, self.ratio, exclude=self.exclude, seed=self.seed, equal_alpha=self.equal_alpha)
 
         def tensor(name: str, old: Tensor) -> Tensor:
             shaped = plan.tensors[name]
