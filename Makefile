@@ -6,14 +6,16 @@ PYTHON ?=
 PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+ZOO_ARGS ?= core
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: help demo test lint format venv clean
+.PHONY: help demo test zoo lint format venv clean
 
 help:
 	@echo 'make demo    the whole path on handwritten digits: expand, train, fold, export (writes ./gpd-demo)'
 	@echo 'make test    the tests'
+	@echo 'make zoo     whole models of torchvision and timm in float64; goes on where it stopped (zoo.jsonl)'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  let ruff rewrite the code'
 	@echo 'make venv    only the virtual environment with everything in it'
@@ -24,6 +26,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST_ARGS)
+
+zoo: $(VENV)/.dev
+	$(BIN)/python -m bench.zoo $(ZOO_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Benchmarks and sweeps: `python -m bench.expand`, `python -m bench.zoo`."""
+"""Benchmarks and sweeps, each with its own `--help`: `python -m bench.expand`, `python -m bench.zoo`."""
