@@ -23,7 +23,7 @@ from gpd_fx.rules import Axes, Site, Value, rule_of
 from gpd_fx.rules.effects import Effect
 from gpd_fx.rules.site import Shape, freeze_value, frozen_value
 
-_PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151)
+PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151)
 _MAX_SWEEPS = 50
 
 
@@ -67,7 +67,7 @@ def shapes_of(module: fx.GraphModule) -> dict[fx.Node, Shape]:
             return extent
         expr = extent.node.expr
         for symbol in sorted(expr.free_symbols, key=str):
-            primes.setdefault(symbol, _PRIMES[len(primes) % len(_PRIMES)])
+            primes.setdefault(symbol, PRIMES[len(primes) % len(PRIMES)])
         return int(expr.xreplace(primes))
 
     def shape(value: Any) -> Shape:

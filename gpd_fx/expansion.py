@@ -15,8 +15,8 @@ from gpd_fx.analysis import analyse, names_of
 from gpd_fx.branches import resolve_branches
 from gpd_fx.capture import capture_skeleton, shallow_copy, try_call
 from gpd_fx.composition import Composition, Tree, grow
+from gpd_fx.costs import network_flops
 from gpd_fx.errors import ArgumentError, GPDWarning, InputError
-from gpd_fx.fakes import Spec, count_flops, spec
 from gpd_fx.inputs import prepare
 from gpd_fx.layout import ParamPlan
 from gpd_fx.passes.widen import widen_graph
@@ -134,15 +134,7 @@ def inspect_model(
 
     Takes the arguments of `expand` and raises what it raises, verification apart. Branches are not counted.
     """
-    draft = make_draft(model, ratio, example_inputs, example_kwargs, exclude, 0)
-    draft.skeleton.eval()
-    student = {name: spec(p) for name, p in draft.model.named_parameters(remove_duplicate=False)}
-    student |= {name: spec(b) for name, b in draft.skeleton.named_buffers(remove_duplicate=False)}
-    return replace(
-        make_report(draft, ratio),
-        student_flops=count_flops(draft.skeleton, student, draft.args, draft.kwargs),
-        teacher_flops=count_flops(draft.graphs["eval"], _wide_specs(draft), draft.args, draft.kwargs),
-    )
+    return make_report(make_draft(model, ratio, example_inputs, example_kwargs, exclude, 0), ratio)
 
 
 def make_draft(
@@ -178,12 +170,13 @@ def make_draft(
 
 
 def make_report(draft: Draft, ratio: Ratio) -> ExpansionReport:
-    """The report of a draft, without branches and FLOPs."""
+    """The report of a draft, without branches."""
     plan = draft.plan
     sizes = {name: parameter.numel() for name, parameter in draft.parameters.items()}
     is_covered = covered(plan)
     wide = {n: prod(plan.tensors[n].wide_shape) if n in plan.tensors else size for n, size in sizes.items()}
     total = sum(sizes.values())
+    student_flops, teacher_flops = network_flops(plan)
     return ExpansionReport(
         model=type(draft.model).__name__,
         ratio=dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
@@ -193,18 +186,10 @@ def make_report(draft: Draft, ratio: Ratio) -> ExpansionReport:
         student_parameters=total,
         teacher_parameters=sum(wide.values()),
         branch_parameters=0,
-        student_flops=0,
-        teacher_flops=0,
+        student_flops=student_flops,
+        teacher_flops=teacher_flops,
         notes=plan.notes,
     )
-
-
-def _wide_specs(draft: Draft) -> dict[str, Spec]:
-    capture = draft.captures["eval"]
-    tensors = [*capture.named_parameters(remove_duplicate=False), *capture.named_buffers(remove_duplicate=False)]
-    plans = draft.plan.tensors
-    shared = {name: t for name, t in tensors if draft.aliases.get(name) in plans}
-    return {name: spec(t, plans[draft.aliases[name]].wide_shape) for name, t in shared.items()}
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
 from gpd_fx.axes import Atom, Expr, Reason, atoms, reasons
+from gpd_fx.costs import group_costs
 from gpd_fx.plan import Plan
 
 
@@ -20,12 +22,16 @@ class ChannelGroup:
         channels: how many the student has.
         wide: how many the dynamic teacher has.
         parameters: the student's parameters that have them.
+        added_parameters: what widening this group alone adds, branches apart.
+        added_flops: likewise, for one sample.
     """
 
     name: str
     channels: int
     wide: int
     parameters: tuple[str, ...]
+    added_parameters: int = 0
+    added_flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,15 +106,20 @@ class ExpansionReport:
             "verification " + (f"max relative error {self.max_error:.1e}" if self.max_error is not None else "not run"),
         ]
         if self.groups:
-            lines += ["", f"{len(self.groups)} widened channel groups"]
-            lines += [f"  {'channels':>16}  {'parameters':>10}  first met in"]
-            lines += [f"  {f'{g.channels} -> {g.wide}':>16}  {len(g.parameters):>10}  {g.name}" for g in self.groups]
+            lines += ["", f"{len(self.groups)} widened channel groups; alike ones of several blocks share a line"]
+            lines += [f"  {'channels':>16}{'groups':>8}{'parameters':>14}{'FLOPs':>18}  first met in"]
+            for alike in _alike(self.groups):
+                channels = f"{alike[0].channels} -> {alike[0].wide}"
+                added, work = sum(g.added_parameters for g in alike), sum(g.added_flops for g in alike)
+                name = alike[0].name if len(alike) == 1 else _pattern(alike[0].name)
+                lines.append(f"  {channels:>16}{len(alike):>8}{f'+{added:,}':>14}{f'+{work:,}':>18}  {name}")
         if self.frozen:
             lines += ["", "not widened"]
             lines += [f"  {'unwidened parameters':>20}  op, node and reason"]
-            for entry in self.frozen:
-                lines.append(f"  {entry.cost:>20,}  {entry.op} at {entry.node}: {entry.reason}")
-                lines.append(f"  {'':>20}    {_some(entry.channels)}")
+            for alike in _alike_frozen(self.frozen):
+                first, more = alike[0], f" and {len(alike) - 1} nodes like it" if len(alike) > 1 else ""
+                lines.append(f"  {sum(e.cost for e in alike):>20,}  {first.op} at {first.node}{more}: {first.reason}")
+                lines.append(f"  {'':>20}    {_some([name for entry in alike for name in entry.channels])}")
         left_out: dict[tuple[str, str], list[str]] = {}
         for name, kinds in self.skipped.items():
             for kind, reason in kinds.items():
@@ -117,6 +128,28 @@ class ExpansionReport:
             lines += ["", "branches left out"]
             lines += [f"  {kind}: {reason} ({_some(names)})" for (kind, reason), names in left_out.items()]
         return "\n".join([*lines, *(f"\nnote: {note}" for note in self.notes)])
+
+
+def _pattern(name: str) -> str:
+    """A parameter's name with every number but the dimension behind it left open."""
+    path, bracket, dimension = name.partition("[")
+    return re.sub(r"\d+", "*", path) + bracket + dimension
+
+
+def _alike(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups of one width in blocks that differ by number only."""
+    found: dict[tuple[str, int, int], list[ChannelGroup]] = {}
+    for group in groups:
+        found.setdefault((_pattern(group.name), group.channels, group.wide), []).append(group)
+    return list(found.values())
+
+
+def _alike_frozen(entries: Sequence[FrozenAxis]) -> list[list[FrozenAxis]]:
+    """Entries of one op and reason, numbers in it apart."""
+    found: dict[tuple[str, str], list[FrozenAxis]] = {}
+    for entry in entries:
+        found.setdefault((entry.op, re.sub(r"\d+", "*", entry.reason)), []).append(entry)
+    return list(found.values())
 
 
 def _factor(big: int, small: int) -> str:
@@ -139,8 +172,9 @@ def channel_groups(plan: Plan) -> tuple[ChannelGroup, ...]:
                     members[atom].append(name)
                 if dim == 0:  # output channels, rather than a later layer's input channels
                     names.setdefault(atom, f"{name}[0]")
+    costs = group_costs(plan)
     return tuple(
-        ChannelGroup(names.get(atom, atom.label), atom.size, len(copies.gather), tuple(members[atom]))
+        ChannelGroup(names.get(atom, atom.label), atom.size, len(copies.gather), tuple(members[atom]), *costs[atom])
         for atom, copies in plan.widening.copies.items()
     )
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from gpd_fx.calls import call_with, places_of, recurrent_layers, tensors_of
+from gpd_fx.calls import call_with, places_of, recurrent_layers
 from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
-from gpd_fx.fakes import count_flops, spec
+from gpd_fx.inputs import check_inputs
 from gpd_fx.paths import put
 from gpd_fx.private import copy_graph
 from gpd_fx.report import ExpansionReport
@@ -93,11 +92,19 @@ class DynamicTeacher(nn.Module):
         return self(*args, role="both", **kwargs)
 
     def run_teacher(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Run the wide graph of the current mode with composed tensors, by canonical name."""
+        """Run the wide graph of the current mode with composed tensors, by canonical name.
+
+        Raises:
+            InputError: the inputs are unlike those that the graph was captured with.
+        """
         key = "train" if self.training else "eval"
+        graph = self.graphs[f"{key}_mode"]
+        if not torch.compiler.is_compiling():  # what is compiled has its own guards
+            assert isinstance(graph, fx.GraphModule)
+            check_inputs(graph, args, kwargs)
         buffers = dict(self.wide_buffers.named_buffers())
         state = {t: tensors[name] if name in tensors else buffers[name] for t, name in self._feeds[key].items()}
-        return torch.func.functional_call(self.graphs[f"{key}_mode"], state, args, kwargs, tie_weights=False)
+        return torch.func.functional_call(graph, state, args, kwargs, tie_weights=False)
 
     def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the student's module with composed tensors, by canonical name."""
@@ -128,21 +135,6 @@ class DynamicTeacher(nn.Module):
 
     def report(self) -> ExpansionReport:
         """What the expansion did: widths, coverage, what stayed unwidened and why, costs."""
-        if self._report.student_flops == 0:  # counted when first asked for
-            weights = {plan.name: self.composition.weights.get_parameter(plan.name) for plan in self.composition.plans}
-            narrow = {plan.name: spec(weights[plan.name], plan.shape) for plan in self.composition.plans}
-            student = {place: narrow[name] for place, name in self._places.items() if name in narrow}
-            student |= {place: spec(buffer) for place, buffer in tensors_of(self.skeleton).items()}
-            wide = weights | dict(self.wide_buffers.named_buffers())
-            teacher = {target: spec(wide[name]) for target, name in self._feeds["eval"].items()}
-            training = self.training
-            self.eval()
-            self._report = replace(
-                self._report,
-                student_flops=count_flops(self.skeleton, student, *self.example),
-                teacher_flops=count_flops(self.graphs["eval_mode"], teacher, *self.example),
-            )
-            self.train(training)
         return self._report
 
     def _apply(self, fn: Any, recurse: bool = True) -> DynamicTeacher:

@@ -1,0 +1,76 @@
+"""FLOPs from axis expressions against torch's own counter, and the costs of channel groups against whole expansions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+import gpd_fx
+from gpd_fx.analysis import analyse
+from gpd_fx.costs import network_flops
+from gpd_fx.passes.widen import GRAPH
+from gpd_fx.plan import make_plan
+
+
+class Convs(nn.Module):
+    """Grouped, depthwise, transposed and strided convs, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2)
+        self.grouped = nn.Conv2d(6, 9, 3, groups=3, padding=1)
+        self.depthwise = nn.Conv2d(9, 9, (1, 5), groups=9, padding=(0, 2))
+        self.up = nn.ConvTranspose2d(9, 6, 2, stride=2, groups=3)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.depthwise(self.grouped(self.stem(x)))).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One attention by its op, one by matmul, one by einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(10, 3 * 2 * 4)
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        a = functional.scaled_dot_product_attention(q, k, v)
+        b = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        c = torch.einsum("bhmn,bhnd->bhmd", torch.einsum("bhmd,bhnd->bhmn", q, k), v)
+        return self.out((a + b + c).transpose(1, 2).flatten(2))
+
+
+CASES = [(Convs(), (2, 3, 17, 13)), (Attention(), (2, 7, 10))]
+
+
+def counted(graph: fx.GraphModule, image: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        graph(image)
+    return counter.get_total_flops() // len(image)
+
+
+@pytest.mark.parametrize(("model", "shape"), CASES, ids=["convs", "attention"])
+@pytest.mark.parametrize("ratio", [2.0, 1.5])
+def test_flops_are_those_that_torch_counts(model: nn.Module, shape: tuple[int, ...], ratio: float) -> None:
+    image = torch.randn(shape)
+    graph = gpd_fx.capture(model.eval(), (image,))
+    plan = make_plan(analyse({GRAPH: graph}), ratio)
+    wide = gpd_fx.passes.Widen(ratio)(graph).module
+    assert network_flops(plan) == (counted(graph, image), counted(wide, image))
+
+
+def test_a_group_costs_what_holding_it_back_saves() -> None:
+    image = torch.randn(2, 3, 17, 13)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 7, 3), nn.ReLU(), nn.Conv2d(7, 4, 3))
+    whole = gpd_fx.inspect_model(model, 2.0, (image,))
+    held = gpd_fx.inspect_model(model, {"*": 2.0, "2.*": 1.0}, (image,))
+    groups = {group.name: group for group in whole.groups}
+    (lost,) = groups.keys() - {group.name for group in held.groups}
+    assert groups[lost].added_parameters == whole.teacher_parameters - held.teacher_parameters
+    assert groups[lost].added_flops == whole.teacher_flops - held.teacher_flops
