@@ -7,10 +7,13 @@ holds one capture of each.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -74,11 +77,39 @@ def capture_skeleton(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns about its own internals
-            program = torch.export.export(skeleton, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with _named_keywords(skeleton, kwargs):
+                program = torch.export.export(skeleton, args, kwargs, dynamic_shapes=shapes, strict=False)
             exported = program.module(check_guards=False)
     except Exception as error:  # the exporter raises errors of many families
         raise CaptureError(_explain(skeleton, mode, error)) from error
     return _clean(exported)
+
+
+@contextlib.contextmanager
+def _named_keywords(skeleton: nn.Module, kwargs: Mapping[str, Any]) -> Generator[None]:
+    """Meanwhile `forward` names the given keywords in the place of `**kwargs`, which torch 2.11 cannot export."""
+    signature = inspect.signature(skeleton.forward)
+    plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    free = [name for name in kwargs if name not in signature.parameters]
+    if len(plain) == len(signature.parameters) or not free:
+        yield
+        return
+    own = vars(skeleton).get("forward")
+    original = skeleton.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    named = [*plain, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in free)]
+    vars(forward)["__signature__"] = signature.replace(parameters=named)
+    vars(skeleton)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(skeleton)["forward"]
+        if own is not None:
+            vars(skeleton)["forward"] = own
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:

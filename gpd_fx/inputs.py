@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gpd_fx.errors import InputError
 from gpd_fx.fakes import fake_call
+from gpd_fx.private import flat_inputs, free_size
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 _SIDES = (224, 64, 32, 256, 384, 28, 8)  # what image models are usually built for
@@ -51,6 +52,37 @@ def prepare(model: nn.Module, args: Sequence[Any] | Tensor | None, kwargs: Mappi
         f"cannot tell what {type(model).__name__} takes as input; pass example_inputs=(...), one entry an argument of "
         "its forward, with a batch of 2 or more"
     )
+
+
+def check_inputs(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Compare inputs with those that a graph was captured with: what is fixed there must be the same.
+
+    Raises:
+        InputError: another structure, another size of a fixed dimension, or another value of what is no tensor.
+    """
+    remedy = "expand the model with example inputs like those of this call"
+    try:
+        leaves = flat_inputs(graph, args, kwargs)
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise InputError(f"the dynamic teacher's graph does not take these inputs: it {error}; {remedy}") from error
+    for node, leaf in zip(graph.graph.find_nodes(op="placeholder"), leaves, strict=True):
+        captured = node.meta.get("val")
+        if isinstance(captured, Tensor):
+            fixed = [None if free_size(extent) else int(extent) for extent in captured.shape]
+            if not isinstance(leaf, Tensor) or not _fits(leaf.shape, fixed):
+                given = list(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)
+                wanted = ", ".join("any" if n is None else str(n) for n in fixed)
+                raise InputError(
+                    f"input {node.name!r} is {given}, the dynamic teacher was made for [{wanted}]; {remedy}"
+                )
+        elif isinstance(captured, bool | int | float | str | None) and leaf != captured:
+            raise InputError(
+                f"input {node.name!r} is {leaf!r}, the dynamic teacher was made for {captured!r}; {remedy}"
+            )
+
+
+def _fits(shape: Sequence[int], fixed: Sequence[int | None]) -> bool:
+    return len(shape) == len(fixed) and all(n in (None, m) for n, m in zip(fixed, shape, strict=True))
 
 
 def _accepts(model: nn.Module, guess: Example) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._pytree import tree_flatten_spec
 
 # pyright: reportPrivateUsage=false
 # This module exists to hold these uses.
@@ -24,9 +27,34 @@ def copy_graph(source: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return graph, mapping
 
 
-def flat_inputs(module: fx.GraphModule, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
-    """The values of the placeholders for a call of the module."""
-    return list(module.graph._codegen.process_inputs(*args, **kwargs))
+def flat_inputs(module: fx.GraphModule, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
+    """The values of the placeholders of a captured graph for a call, by position or by keyword as for the module.
+
+    Raises:
+        TypeError: an argument is missing, unknown or given twice.
+        ValueError: an argument has another structure than it had at capture.
+    """
+    info = getattr(module.graph._codegen, "pytree_info")  # noqa: B009  only the code generator of captures has it
+    names = [name for name in info.orig_args if name != "self"]
+    if len(args) > len(names):
+        raise TypeError(f"takes {len(names)} inputs ({', '.join(names)}), {len(args)} were given")
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name in given or name not in names:
+            raise TypeError(f"has no input {name!r}" if name not in names else f"was given the input {name!r} twice")
+        given[name] = value
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise TypeError(f"lacks the input {missing[0]!r}")
+    keywords = list(info.in_spec.child(1).context)
+    positional = [given[name] for name in names if name not in keywords]
+    return tree_flatten_spec((positional, {name: given[name] for name in keywords}), info.in_spec)
+
+
+def free_size(extent: object) -> bool:
+    """Whether the size of a captured tensor's dimension was left open."""
+    expr = getattr(getattr(extent, "node", None), "expr", None)
+    return bool(getattr(expr, "free_symbols", ()))
 
 
 def drop_parameters(module: nn.Module) -> None:
