@@ -117,6 +117,10 @@ def demo(
 def inspect(
     spec: Spec,
     ratio: Ratio = 2.0,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Leave parameters of such names, as 'layer4.*', as they are; repeatable."),
+    ] = None,
     inputs: Input = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report to FILE as JSON as well.")
@@ -131,17 +135,18 @@ def inspect(
 
     - `gpd-fx inspect torchvision:densenet121`
     - `gpd-fx inspect timm:convnext_tiny --ratio 1.5 --json report.json`
+    - `gpd-fx inspect torchvision:resnet18 --exclude 'layer4.*'`
     - `gpd-fx inspect gpd_fx.demo:DigitNet --input 1,8,8`
     """
     from gpd_fx import inspect_model
-    from gpd_fx.files import output_path
+    from gpd_fx.files import output_path, write_text
     from gpd_fx.models import resolve
 
     target = None if json_file is None else output_path(json_file)
-    report = inspect_model(resolve(spec), ratio, example_inputs(inputs))
+    report = inspect_model(resolve(spec), ratio, example_inputs(inputs), exclude=exclude or ())
     typer.echo(str(report))
     if target is not None:
-        target.write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+        write_text(target, json.dumps(report.to_dict(), indent=2))
         typer.echo(f"\nwritten: {target}")
 
 

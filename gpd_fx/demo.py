@@ -32,11 +32,12 @@ from gpd_fx import ExpansionReport, expand, export_onnx, fold, save
 from gpd_fx.digits import TRAIN, VALIDATION, Digits, load_digits
 from gpd_fx.digits import DigitNet as DigitNet
 from gpd_fx.errors import ArgumentError, TrainingError
-from gpd_fx.export import relative_error
+from gpd_fx.files import write_text
 from gpd_fx.losses import GPDLoss, cross_entropy
 from gpd_fx.plots import Curve, Panel, plot_curves
 from gpd_fx.teacher import DynamicTeacher
 from gpd_fx.train import Epoch, Schedule, evaluate, fit
+from gpd_fx.verify import relative_error
 
 _BATCH: Final = 64
 _RATES: Final = (0.03, 0.1, 0.3, 1.0)
@@ -124,8 +125,8 @@ class _Demo:
         self.console.print(self._introduction(digits))
         teachers = {seed: self._expand(seed, digits) for seed in range(self.seeds)}
         report = teachers[0].report()
-        (self.out / "report.txt").write_text(f"{report}\n", encoding="utf-8")
-        (self.out / "report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+        write_text(self.out / "report.txt", f"{report}\n")
+        write_text(self.out / "report.json", json.dumps(report.to_dict(), indent=2))
         self.console.print(
             f"expanded: {report.student_parameters:,} -> {_wide(report):,} parameters, coverage "
             f"{report.coverage:.4f}, largest relative error in float64 {report.max_error or 0.0:.1e}"
@@ -176,7 +177,7 @@ class _Demo:
                 for run in runs
             ],
         }
-        (self.out / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        write_text(self.out / "metrics.json", json.dumps(metrics, indent=2))
         files = "student.onnx, teacher.safetensors, report.txt, report.json, metrics.json, curves.png"
         self.console.print(f"\n{files} are in {self.out.resolve()} ({seconds:.0f} s)", highlight=False, soft_wrap=True)
         return metrics

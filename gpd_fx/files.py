@@ -41,3 +41,11 @@ def publish(source: Path, target: Path) -> None:
     with source.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(source, target)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a whole text file in one step, as UTF-8."""
+    with staging(target) as folder:
+        draft = folder / target.name
+        draft.write_text(text, encoding="utf-8")
+        publish(draft, target)
