@@ -165,23 +165,27 @@ class Composition(nn.Module):
                 return () if slot.sizes is None else (MAIN, *(branch.kind.name for branch in slot.branches))
         raise ArgumentError(f"there is no parameter {name!r} in this composition")
 
+    def layers(self) -> list[Layer]:
+        """What `compose` takes, in the order of the plans."""
+        return [slot.layer() for slot in self._slots]
+
     def forward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The teacher's tensors, alpha included, and the student's, from one composition."""
-        teacher, student = compose([slot.layer() for slot in self._slots])
+        teacher, student = compose(self.layers())
         return self._named(teacher), self._named(student)
 
     def teacher(self) -> dict[str, Tensor]:
         """Only the teacher's tensors, alpha included."""
-        return self._named(compose([slot.layer() for slot in self._slots], student=False)[0])
+        return self._named(compose(self.layers(), student=False)[0])
 
     def student(self) -> dict[str, Tensor]:
         """Only the student's tensors."""
-        return self._named(compose([slot.layer() for slot in self._slots], teacher=False)[1])
+        return self._named(compose(self.layers(), teacher=False)[1])
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
         """The wide kernels M, before alpha: new tensors without a gradient."""
-        layers = [replace(slot.layer(), alpha=()) for slot in self._slots]
+        layers = [replace(layer, alpha=()) for layer in self.layers()]
         wide, _ = compose(layers, student=False)
         return self._named([m.clone() if m is layer.weight else m for m, layer in zip(wide, layers, strict=True)])
 
