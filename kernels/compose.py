@@ -37,9 +37,10 @@ def compose(layers: Sequence[Layer], teacher: bool = True, student: bool = True)
     for layer in layers:
         scaled = any(alpha is not None for alpha in layer.alpha)
         sliced = any(part is not None for part in layer.slices)
+        merged = len(layer.terms) > 0
         same = teacher and not scaled and not sliced
-        first = teacher and (scaled or bool(layer.terms))
-        second = student and not same and (sliced or bool(layer.terms))
+        first = teacher and (scaled or merged)
+        second = student and not same and (sliced or merged)
         wanted.append((first, second, same))
         if first or second:
             weights.append(layer.weight)
