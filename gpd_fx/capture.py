@@ -12,6 +12,8 @@ import copy
 import dataclasses
 import functools
 import inspect
+import os
+import traceback
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
@@ -128,7 +130,7 @@ def _clean(exported: fx.GraphModule) -> fx.GraphModule:
 def _explain(model: nn.Module, mode: Mode, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     summary = lines[0] if lines else type(error).__name__
-    where = next((line for line in reversed(lines) if line.startswith("File ") and "/torch/" not in line), "")
+    where = _user_frame(error)
     advice = (
         "rewrite control flow that depends on tensor values (torch.where, torch.cond)"
         if "data-dependent" in str(error).lower() or "Could not guard" in str(error)
@@ -140,6 +142,15 @@ def _explain(model: nn.Module, mode: Mode, error: Exception) -> str:
         )
     at = f" at {where}" if where else ""
     return f"torch.export cannot capture {type(model).__name__} in {mode} mode{at}: {summary} -- {advice}"
+
+
+def _user_frame(error: BaseException) -> str:
+    """The innermost line in the trace of an error that is neither torch's nor ours."""
+    ours = (*(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__)), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    if frames:
+        return f'File "{frames[-1].filename}", line {frames[-1].lineno}, in {frames[-1].name}'
+    return _user_frame(error.__cause__) if error.__cause__ is not None else ""
 
 
 def register_outputs(value: Any) -> None:
@@ -170,7 +181,7 @@ def try_call(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     except Exception as error:
         given = ", ".join(_describe(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
         parameter = next(skeleton.parameters(), None)
-        home = f"; its parameters are {parameter.dtype} on {parameter.device}" if parameter is not None else ""
+        home = f"; its parameters are {_name(parameter.dtype)} on {parameter.device}" if parameter is not None else ""
         raise InputError(
             f"{type(skeleton).__name__} cannot be called with the example inputs [{given}]{home}. It raised "
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}. Pass example_inputs=(...) that "
@@ -191,5 +202,9 @@ def _output(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _describe(leaf: object) -> str:
     if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+        return f"{_name(leaf.dtype)}{list(leaf.shape)} on {leaf.device}"
     return repr(leaf)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from gpd_fx.analysis import analyse, names_of
 from gpd_fx.branches import resolve_branches
@@ -153,7 +154,7 @@ def make_draft(
         raise ArgumentError("the model is a dynamic teacher already; fold it first, or expand the student")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
         raise ArgumentError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    _check_finite(model)
+    _check_values(model)
     args, kwargs = prepare(model, example_inputs, example_kwargs)
     skeleton = shallow_copy(model)
     try_call(skeleton, args, kwargs)
@@ -192,13 +193,13 @@ def make_report(draft: Draft, ratio: Ratio) -> ExpansionReport:
     )
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_values(model: nn.Module) -> None:
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise InputError("the model has lazy parameters; call it once on example inputs before expanding it")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             count = int((~torch.isfinite(parameter)).sum())
             raise ArgumentError(f"parameter {name!r} has {count} values that are NaN or infinite; load sound weights")
-    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
-        raise InputError("the model has lazy parameters; call it once on example inputs before expanding it")
 
 
 def _wide_buffers(draft: Draft) -> Tree:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from gpd_fx.errors import InputError
 from gpd_fx.fakes import fake_call
@@ -44,6 +45,9 @@ def prepare(model: nn.Module, args: Sequence[Any] | Tensor | None, kwargs: Mappi
     if kwargs is not None and not isinstance(kwargs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
         raise InputError(f"example_kwargs is a {type(kwargs).__name__}; pass a dict of keyword arguments")
     if args is not None or kwargs:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 0:
+                raise InputError(f"an example input of shape {list(leaf.shape)} is empty; pass a batch of 2 or more")
         return tuple(args or ()), dict(kwargs or {})
     for guess in _guesses(model):
         if _accepts(model, guess):

@@ -11,6 +11,7 @@ model: what a change of its input by one unit in the last place does.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ TOLERANCE = 1e-9
 _CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
 _ROUNDINGS = 1e5  # how many units of rounding a deep network may gather in its own dtype
 _CAST_TOLERANCE = 1e-4  # module against capture: a module may cast to float32 by itself
+_ADVICE = (
+    "Nothing is returned; please report this model. A ratio of {glob: 1} for the parameters around that node leaves "
+    "them as they are"
+)
 aten = torch.ops.aten
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -260,7 +265,15 @@ def _constants(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tens
 def _compare(plan: Plan, pair: _Pair, tensors: Mapping[str, Tensor], inputs: Any) -> float:
     expected = _run(pair.source, tensors, inputs)
     wide = _widened(plan, pair.mode, tensors)
-    error = relative_error(expected, _run(pair.wide, wide, inputs))
+    try:
+        actual = _run(pair.wide, wide, inputs)
+    except Exception as failure:
+        where = first_difference(plan, pair.mode, pair.source, pair.wide, tensors, wide, inputs)
+        raise VerificationError(
+            f"in {pair.mode} mode the expanded graph does not run ({type(failure).__name__}: {failure}). {where} "
+            f"{_ADVICE}"
+        ) from failure
+    error = relative_error(expected, actual)
     if error <= TOLERANCE:
         return error
     nudged = pytree.tree_map_only(Tensor, lambda t: t * (1 + 2.0**-52) if t.is_floating_point() else t, inputs)
@@ -270,8 +283,7 @@ def _compare(plan: Plan, pair: _Pair, tensors: Mapping[str, Tensor], inputs: Any
     where = first_difference(plan, pair.mode, pair.source, pair.wide, tensors, wide, inputs)
     raise VerificationError(
         f"in {pair.mode} mode the expanded graph differs from the model by {error:.1e} of its output (one unit in the "
-        f"last place of the input: {conditioning:.1e}). {where} Nothing is returned; please report this model. "
-        "A ratio of {glob: 1} for the parameters around that node leaves them as they are"
+        f"last place of the input: {conditioning:.1e}). {where} {_ADVICE}"
     )
 
 
@@ -296,7 +308,8 @@ def _record(module: fx.GraphModule, tensors: Mapping[str, Tensor], inputs: Any) 
         put_tensor(bound, name, buffer)
     recorder = _Recorder(bound)
     flat = flat_inputs(module, *inputs)
-    recorder.run(*pytree.tree_map_only(Tensor, torch.clone, flat), enable_io_processing=False)
+    with contextlib.suppress(Exception):  # what ran before the node that failed is what counts
+        recorder.run(*pytree.tree_map_only(Tensor, torch.clone, flat), enable_io_processing=False)
     return recorder.results
 
 
@@ -312,11 +325,14 @@ def first_difference(
     """The first node whose wide result is not the copies of the model's result, in words."""
     expected, actual = _record(source, tensors, inputs), _record(wide, wide_tensors, inputs)
     facts = plan.analysis.graphs[key]
+    last = {name: _final(wide, name, expected) for name in expected}
     for node in facts.module.graph.nodes:
         value = facts.values.get(node)
+        if last[node.name] not in actual:
+            return f"The first node that fails is {node.name!r} ({op_name(node.target)})."
         if node.op != "call_function" or not isinstance(value, list) or not isinstance(expected[node.name], Tensor):
             continue
-        wanted, found = _copies(plan, expected[node.name], value), _final(wide, node.name, actual)
+        wanted, found = _copies(plan, expected[node.name], value), actual[last[node.name]]
         error = relative_error(wanted, found)
         if error > TOLERANCE:
             shapes = f"{list(expected[node.name].shape)} -> {list(found.shape)}"
@@ -331,13 +347,13 @@ def _copies(plan: Plan, tensor: Tensor, axes: Sequence[Expr]) -> Tensor:
     return tensor
 
 
-def _final(wide: fx.GraphModule, name: str, results: Mapping[str, Any]) -> Any:
-    """A node's result behind the constants that widening put after it."""
+def _final(wide: fx.GraphModule, name: str, names: Mapping[str, Any]) -> str:
+    """The node that stands for the model's node of that name, of those `names`: behind what widening put after it."""
     node = next(n for n in wide.graph.nodes if n.name == name)
     users = list(node.users)
-    if len(users) == 1 and users[0].target in (aten.mul.Tensor, aten.add.Tensor) and "source" in users[0].meta:
-        return results[users[0].name]
-    return results[name]
+    if len(users) == 1 and users[0].target in (aten.mul.Tensor, aten.add.Tensor) and users[0].name not in names:
+        return name if isinstance(users[0].args[1], fx.Node) else users[0].name  # alpha belongs to the user's operand
+    return name
 
 
 def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Generator) -> float:
@@ -404,8 +420,9 @@ def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
         error = relative_error(expected, output)
         if error > limit:
             raise VerificationError(
-                f"the finished dynamic teacher's {role} differs from the model by {error:.1e} of its output in eval "
-                f"mode, more than rounding in {parameter.dtype} explains ({limit:.1e}); please report this model"
+                f"the finished dynamic teacher's {role} differs from {type(model).__name__} by {error:.1e} of its "
+                f"output in eval mode, more than rounding in {parameter.dtype} explains ({limit:.1e}). Either the "
+                "model keeps state that is neither parameter nor buffer, or this is a fault of gpd_fx; please report it"
             )
 
 

@@ -38,5 +38,6 @@ def weight_layout(node: fx.Node) -> tuple[fx.Node, KernelLayout] | None:
     groups = 1
     if at is not None:
         groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
-    assert isinstance(groups, int)
+    if not isinstance(groups, int):  # a kernel a sample: the batch's size is in it
+        return None
     return weight, KernelLayout(groups, transposed, groups)

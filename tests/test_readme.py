@@ -19,7 +19,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, object] = {"loader": [(torch.randn(4, 3, 64, 64), torch.arange(4))]}
+    names: dict[str, object] = {"loader": [(torch.randn(2, 3, 224, 224), torch.arange(2))]}
     exec(compile(code, "README.md", "exec"), names)
     student, model = names["student"], names["model"]
     assert isinstance(student, nn.Module)
