@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from typing import TypeAlias
 
@@ -120,20 +121,33 @@ def product(exprs: Iterable[Expr]) -> Expr:
 
 
 def concat(exprs: Iterable[Expr]) -> Expr:
-    """Concatenation; nested ones are flattened, neighbouring frozen parts are joined."""
+    """Concatenation; nested ones are flattened, neighbouring frozen parts are joined, empty ones dropped."""
     out: list[Expr] = []
     for expr in exprs:
         head = expr[0] if len(expr) == 1 else None
         for part in head.parts if isinstance(head, Cat) else (expr,):
+            if size(part) == 0:
+                continue
             if out and is_frozen(part) and is_frozen(out[-1]):
                 out[-1] = frozen(size(out[-1]) + size(part))
             else:
                 out.append(part)
+    if not out:
+        return frozen(0)
     return out[0] if len(out) == 1 else (Cat(tuple(out)),)
 
 
 def parts(expr: Expr) -> list[Expr]:
-    """`expr` as a concatenation: an outermost `Cat` is distributed over the factors behind it."""
+    """The products without concatenations that the elements of `expr` belong to, in any order."""
+    products: list[Expr] = [()]
+    for factor in expr:
+        terms = [term for part in factor.parts for term in parts(part)] if isinstance(factor, Cat) else [(factor,)]
+        products = [product((head, term)) for head in products for term in terms]
+    return products
+
+
+def _pieces(expr: Expr) -> list[Expr]:
+    """`expr` as a concatenation, first to last: an outermost `Cat` is distributed over the factors behind it."""
     if expr and isinstance(expr[0], Cat):
         return [product((part, expr[1:])) for part in expr[0].parts]
     return [expr]
@@ -217,7 +231,7 @@ class AxisSolver:
 
     def _unify_parts(self, a: Expr, b: Expr) -> None:
         while True:
-            left, right = parts(self.resolve(a)), parts(self.resolve(b))
+            left, right = _pieces(self.resolve(a)), _pieces(self.resolve(b))
             if len(left) == 1 and len(right) == 1:
                 self.unify(left[0], right[0])
                 return
@@ -268,24 +282,22 @@ class AxisSolver:
         return self.resolve(left), self.resolve(product((right, rest)))
 
     def _split_cat(self, cat: Cat, outer: int, inner: int) -> tuple[Expr, Expr]:
-        bounds = {0}
-        for part in cat.parts:
-            bounds.add(max(bounds) + size(part))
-        if bounds.issuperset(range(0, outer * inner, inner)):  # whole equal groups
+        bounds = set(accumulate(map(size, cat.parts), initial=0))
+        aligned = outer <= len(cat.parts) and bounds.issuperset(range(0, outer * inner, inner))
+        if not aligned and all(size(part) % inner == 0 for part in cat.parts):  # a common suffix
+            pairs = [self.split(part, size(part) // inner) for part in cat.parts]
+            for _, suffix in pairs[1:]:
+                self.unify(pairs[0][1], suffix)
+            return self.resolve(concat(head for head, _ in pairs)), self.resolve(pairs[0][1])
+        if aligned or outer <= self.EXPAND:  # equal groups
             rest: Expr = (cat,)
             groups: list[Expr] = []
             for _ in range(outer - 1):
                 group, rest = self.cut(rest, inner)
                 groups.append(group)
-            groups.append(rest)
-            for group in groups[1:]:
-                self.unify(groups[0], group)
-            return frozen(outer), self.resolve(groups[0])
-        if all(size(part) % inner == 0 for part in cat.parts):  # a common suffix
-            pairs = [self.split(part, size(part) // inner) for part in cat.parts]
-            for _, suffix in pairs[1:]:
-                self.unify(pairs[0][1], suffix)
-            return self.resolve(concat(head for head, _ in pairs)), self.resolve(pairs[0][1])
+            for group in groups:
+                self.unify(group, rest)
+            return frozen(outer), self.resolve(rest)
         self.freeze((cat,))
         return frozen(outer), frozen(inner)
 
@@ -298,7 +310,7 @@ class AxisSolver:
             return expr, (0,)
         left: list[Expr] = []
         right: list[Expr] = []
-        for part in parts(expr):
+        for part in _pieces(expr):
             extent, begin = size(part), sum(map(size, left))
             if right or begin == at:
                 right.append(part)
@@ -324,8 +336,8 @@ class AxisSolver:
                 second = self.fresh(head.size - k, f"{head.label}[{k}:]")
                 self._define(head, concat((first, second)))
                 return self.resolve(product((first, rest))), self.resolve(product((second, rest)))
-            if isinstance(head, int) and head <= self.EXPAND:
-                return self.cut(concat([rest] * head), at)
+            if isinstance(head, Cat) or (isinstance(head, int) and head <= self.EXPAND):
+                return self.cut(expr if isinstance(head, Cat) else concat([rest] * head), at)
             self.freeze(expr)
         return frozen(at), frozen(total - at)
 
