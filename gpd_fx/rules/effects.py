@@ -7,7 +7,7 @@ pass applies them; an effect whose expressions are not widened does nothing, so 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
+from math import log, prod
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -84,16 +84,18 @@ class Extents:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A slice takes `inside` out of an axis, behind `before`."""
+    """A slice takes `inside` out of an axis, from between `before` and `behind`; it is given by `end` or `length`."""
 
     before: Expr
     inside: Expr
+    behind: Expr
+    end: bool = True
 
     def apply(self, rewriter: Rewriter, node: fx.Node) -> None:
-        if rewriter.widening.widens(self.before) or rewriter.widening.widens(self.inside):
-            start = rewriter.widening.size(self.before)
+        if any(map(rewriter.widening.widens, (self.before, self.inside, self.behind))):
+            start, length = rewriter.widening.size(self.before), rewriter.widening.size(self.inside)
             rewriter.set_arg(node, "start", start)
-            rewriter.set_arg(node, "end", start + rewriter.widening.size(self.inside))
+            rewriter.set_arg(node, "end" if self.end else "length", start + length if self.end else length)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,27 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """The op takes p-norms along `dims`, of this operand or of its product with others: it goes in times alpha**(1/p).
+
+    With `back` the result, which has the operand's dimensions, is divided by the same factors.
+    """
+
+    arg: str
+    dims: tuple[Expr | None, ...]  # as in `Linear`
+    p: float = 2.0
+    back: bool = False
+
+    def apply(self, rewriter: Rewriter, node: fx.Node) -> None:
+        widening = rewriter.widening
+        hit = [expr if expr is not None and widening.widens(expr) else None for expr in self.dims]
+        vectors = [None if expr is None else widening.alpha(expr) ** (1 / self.p) for expr in hit]
+        rewriter.scale_operand(node, self.arg, vectors)
+        if self.back:
+            rewriter.scale_result(node, [None if vector is None else 1 / vector for vector in vectors])
+
+
+@dataclass(frozen=True)
 class Softmax:
     """The op normalises over axes of equal multiplicity m: its result is m times too small (or log m, with `log`)."""
 
@@ -150,9 +173,7 @@ class Softmax:
     sign: int = 1
 
     def apply(self, rewriter: Rewriter, node: fx.Node) -> None:
-        count = 1
-        for expr in self.exprs:
-            count *= rewriter.widening.multiplicity(expr) or 1
+        count = _copies(rewriter.widening, self.exprs)
         if self.log:
             rewriter.after(node, aten.add.Tensor, self.sign * log(count))
         else:
@@ -161,19 +182,22 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Variance:
-    """A variance over n elements with a correction c, taken over m·n: scaled by (mn - c) / (m(n - c))."""
+    """A variance with a correction c: of m copies it takes m·c, since SS / (n - c) = m·SS / (m·n - m·c)."""
 
     exprs: tuple[Expr, ...]
-    correction: float
-    root: bool = False
+    correction: int | float
 
     def apply(self, rewriter: Rewriter, node: fx.Node) -> None:
-        n, wide = 1, 1
-        for expr in self.exprs:
-            n *= size(expr)
-            wide *= rewriter.widening.size(expr)
-        scale = (wide - self.correction) * n / (wide * (n - self.correction))
-        rewriter.after(node, aten.mul.Tensor, scale**0.5 if self.root else scale)
+        count = _copies(rewriter.widening, self.exprs)
+        if count > 1 and self.correction:
+            rewriter.set_correction(node, count * self.correction)
+
+
+def _copies(widening: Widening, exprs: tuple[Expr, ...]) -> int:
+    """How many copies each element of a product of axes has, where the rule asked that they be equally many."""
+    counts = [widening.multiplicity(expr) for expr in exprs]
+    assert None not in counts, "the plan broke a constraint of equal multiplicities"
+    return prod(count for count in counts if count is not None)
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,16 @@ def gather(site: Site) -> Value:
     return [site.solver.resolve(axis) for axis in picked]
 
 
+def prelu(site: Site) -> Value:
+    """prelu: one slope for all, or one for each channel, which are dimension 1."""
+    axes, slopes = site.axes(site.arg("self")), site.axes(site.arg("weight"))
+    if slopes and size(slopes[0]) > 1:
+        axes[1] = site.solver.unify(axes[1], slopes[0])
+    return axes
+
+
 def pointwise(site: Site) -> Value:
     """Any elementwise op: operands are broadcast against each other."""
     site.solver.at(site.reason("it meets an axis that cannot be widened"))
     nodes = [node for node in site.node.all_input_nodes if isinstance(site.value(node), list)]
-    return _broadcast(site, [site.axes(node) for node in nodes])
+    return site.results(_broadcast(site, [site.axes(node) for node in nodes]))

@@ -12,9 +12,11 @@ Operands are the op's tensor arguments in schema order, separated by commas; eac
     *        any number of dimensions that all operands marked with it share, broadcast from the right
     ...      any number of frozen dimensions of one operand's own
 
-Alternatives for other ranks are separated by `|`. A factor of two operands that the result lacks is contracted: the op
-must be linear in either operand there. A factor of one operand only, neither kept nor marked, is refused when the rule
-is read. Integer arguments of the op may be tied to factors (`groups="g"`); they give a factor its size, and follow it.
+Several results that all have the same axes are written once. Alternatives for other ranks are separated by `|`.
+
+A factor of two operands that the result lacks is contracted: the op must be linear in either operand there. A factor of
+one operand only, neither kept nor marked, is refused when the rule is read. Integer arguments of the op may be tied to
+factors (`groups="g"`); they give a factor its size, and follow it.
 """
 
 from __future__ import annotations
@@ -133,6 +135,9 @@ class Einsum:
 
     def apply(self, site: Site, operands: Sequence[fx.Node | None], names: Sequence[str]) -> Value:
         """The rule for given operands; `names` are their arguments, `tensors.0` for an element of a list."""
+        for name in self.extents:
+            if not isinstance(site.arg(name), int):
+                return site.freeze_all(f"its {name} are known only at run time")
         ranks = [None if operand is None else len(site.axes(operand)) for operand in operands]
         for spec in self.specs:
             if spec.fits(ranks):
@@ -183,7 +188,7 @@ class _Application:
             self.bind_product(word, axis)
         self.state_effects()
         results = [self.result(p, s) for p, s in zip(self.spec.results, self.shapes(), strict=False)]
-        return results[0] if len(self.spec.results) == 1 else tuple(results)
+        return self.site.results(results[0]) if len(self.spec.results) == 1 else tuple(results)
 
     def shapes(self) -> list[tuple[int, ...]]:
         return [self.site.out_shape] if len(self.spec.results) == 1 else list(self.site.out_shapes)
@@ -243,8 +248,12 @@ class _Application:
             site.shunned.append(self.bound[letter])
         taker = (weights or takers)[-1]
         pattern, node = self.nodes[taker]
+        words = pattern.spread(len(site.axes(node)))
+        if any(letter in word.factors and site.symbolic(node, dim) for dim, word in enumerate(words)):
+            site.freeze(self.bound[letter], "it is contracted, and its size is known only at run time")
+            return
         dims: list[tuple[tuple[Expr, bool], ...]] = []
-        for word, axis in zip(pattern.spread(len(site.axes(node))), site.axes(node), strict=True):
+        for word, axis in zip(words, site.axes(node), strict=True):
             factors = [(self.bound.get(name.lstrip("~^"), axis), name == letter) for name in word.factors]
             dims.append(tuple(factors) if letter in word.factors else ((axis, False),))
         site.effects.append(Contract(self.names[taker], tuple(dims)))

@@ -1,10 +1,11 @@
-"""Rules of reductions over dimensions that an argument names."""
+"""Rules of ops along dimensions that an argument names: reductions, and those that need a dimension as it is."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-from gpd_fx.axes import Expr, size
+from gpd_fx.axes import Expr, frozen
 from gpd_fx.rules.effects import Linear, Softmax, Variance
 from gpd_fx.rules.site import Axes, Rule, Site, Value, as_dims
 
@@ -19,8 +20,14 @@ def _dims(site: Site, axes: Axes) -> list[int]:
 
 
 def _linear(site: Site, *, mean: bool = False, p: float = 1.0) -> Value:
-    axes = site.axes(site.arg("self"))
+    operand = site.arg("self")
+    axes = site.axes(operand)
     dims = _dims(site, axes)
+    for dim in dims:
+        if not (operand.meta["val"].is_floating_point() or operand.meta["val"].is_complex()):
+            site.freeze(axes[dim], "integers are summed up over it")
+        elif site.symbolic(operand, dim):  # no vector of shares can have its size
+            statistics(site, axes, [dim])
     site.effects.append(Linear("self", tuple(a if d in dims else None for d, a in enumerate(axes)), mean, p))
     return _reduced(site, dims, axes)
 
@@ -39,30 +46,56 @@ def norm(site: Site) -> Value:
     """linalg_vector_norm, norm: a p-norm."""
     p: Any = site.arg("ord") if site.has_arg("ord") else site.arg("p")
     p = 2 if p is None else p
-    if not isinstance(p, int | float) or p <= 0:
-        return site.freeze_all(f"a norm of order {p}")
     if p == float("inf"):
         return extreme(site)
+    if not isinstance(p, int | float) or p <= 0:
+        return fixed(site)
     return _linear(site, p=float(p))
 
 
-def extreme(site: Site) -> Value:
-    """amax, amin, any, all: copies change nothing."""
+def matrix_norm(site: Site) -> Value:
+    """linalg_norm, linalg_matrix_norm: a vector norm where there is one dimension or no order; Frobenius' norm."""
+    order, dims, rank = site.arg("ord"), site.arg("dim"), len(site.axes(site.arg("self")))
+    count = rank if dims is None else len(as_dims(dims, rank))
+    if order == "fro" or (count == 1 and not isinstance(order, str)):
+        order = 2 if order == "fro" else order
+    elif order is not None:
+        return site.freeze_all(f"a matrix norm of order {order}")
+    if order == float("inf"):
+        return extreme(site)
+    if order is not None and order <= 0:
+        return fixed(site)
+    return _linear(site, p=float(order or 2))
+
+
+def extreme(site: Site) -> Axes:
+    """amax, amin, max, min, any, all: copies change nothing."""
     axes = site.axes(site.arg("self"))
     return _reduced(site, _dims(site, axes), axes)
 
 
 def extreme_index(site: Site) -> Value:
-    """max, min along a dimension: the index of a copy would mean nothing in the model."""
+    """max, min along a dimension: an index would mean nothing among copies, so it must not be used."""
+    harmless = [user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in site.node.users]
+    if not all(harmless):
+        return fixed(site)
+    return site.results(extreme(site))
+
+
+def fixed(site: Site) -> Value:
+    """Scans, sorts, products, transforms, ...: the dimensions stay as they are, all others are free."""
     axes = site.axes(site.arg("self"))
     dims = _dims(site, axes)
     for dim in dims:
-        site.freeze(axes[dim], "indices into it are returned")
-    kept = _reduced(site, dims, axes)
-    return kept if len(site.schema.returns) == 1 else (kept, list(kept))
+        site.freeze(axes[dim], "the op needs its elements as they are")
+    shape = site.out_shape
+    if len(shape) == len(axes):
+        return site.results([frozen(shape[d]) if d in dims else axis for d, axis in enumerate(axes)])
+    return site.results([axis for d, axis in enumerate(axes) if d not in dims])
 
 
-def _statistics(site: Site, axes: Axes, dims: list[int]) -> tuple[Expr, ...]:
+def statistics(site: Site, axes: Axes, dims: list[int]) -> tuple[Expr, ...]:
+    """The axes that the op takes statistics over; their elements need equally many copies."""
     for dim in dims:
         site.equal.append((axes[dim], f"{site.op} takes statistics over it"))
     return tuple(axes[dim] for dim in dims)
@@ -71,7 +104,7 @@ def _statistics(site: Site, axes: Axes, dims: list[int]) -> tuple[Expr, ...]:
 def _softmax(log: bool) -> Rule:
     def rule(site: Site) -> Value:
         axes = site.axes(site.arg("self"))
-        site.effects.append(Softmax(_statistics(site, axes, _dims(site, axes)), log))
+        site.effects.append(Softmax(statistics(site, axes, _dims(site, axes)), log))
         return axes
 
     return rule
@@ -85,34 +118,17 @@ def logsumexp(site: Site) -> Value:
     """logsumexp: m copies add log m."""
     axes = site.axes(site.arg("self"))
     dims = _dims(site, axes)
-    site.effects.append(Softmax(_statistics(site, axes, dims), log=True, sign=-1))
+    site.effects.append(Softmax(statistics(site, axes, dims), log=True, sign=-1))
     return _reduced(site, dims, axes)
 
 
-def _variance(root: bool) -> Rule:
-    def rule(site: Site) -> Value:
-        axes = site.axes(site.arg("self"))
-        dims = _dims(site, axes)
-        if site.has_arg("correction"):
-            correction: Any = 1 if site.arg("correction") is None else site.arg("correction")
-        else:
-            correction = 1 if site.arg("unbiased") else 0
-        exprs = _statistics(site, axes, dims)
-        if correction and any(size(e) != site.shape(site.arg("self"))[d] for d, e in zip(dims, exprs, strict=True)):
-            return site.freeze_all("an unbiased variance over an axis of unknown size")
-        site.effects.append(Variance(exprs, float(correction), root))
-        return _reduced(site, dims, axes)
-
-    return rule
-
-
-variance = _variance(root=False)
-deviation = _variance(root=True)
-
-
-def scan(site: Site) -> Value:
-    """cumsum and the like: the dimension is frozen."""
+def variance(site: Site) -> Value:
+    """var, std, var_mean, std_mean."""
     axes = site.axes(site.arg("self"))
-    dim = site.dim(site.arg("dim"), len(axes))
-    site.freeze(axes[dim], "it is scanned in order")
-    return axes
+    dims = _dims(site, axes)
+    if site.has_arg("correction"):
+        correction: Any = 1 if site.arg("correction") is None else site.arg("correction")
+    else:
+        correction = int(site.arg("unbiased"))
+    site.effects.append(Variance(statistics(site, axes, dims), correction))
+    return site.results(_reduced(site, dims, axes))

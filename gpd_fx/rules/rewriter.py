@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from gpd_fx.axes import Expr, Widening, size
-from gpd_fx.rules.site import bind
+from gpd_fx.private import OpOverload, schema
+from gpd_fx.rules.site import bind, op_name
 
 aten = torch.ops.aten
 
@@ -46,7 +47,8 @@ class Rewriter:
         name, _, index = name.partition(".")
         if index:
             value = [value if k == int(index) else item for k, item in enumerate(bind(node)[name])]
-        for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        assert isinstance(node.target, OpOverload)
+        for position, argument in enumerate(schema(node.target).arguments):
             if argument.name == name:
                 if position < len(node.args) and not argument.kwarg_only:
                     node.update_arg(position, value)
@@ -54,6 +56,13 @@ class Rewriter:
                     node.update_kwarg(name, value)
                 return
         raise KeyError(name)
+
+    def set_correction(self, node: fx.Node, value: float) -> None:
+        """Set the correction of var, std, var_mean or std_mean, whichever overload it is."""
+        given = bind(node)
+        node.target = getattr(aten, op_name(node.target).split(".")[1]).correction
+        node.args = (given["self"], given.get("dim"))
+        node.kwargs = {"correction": value, "keepdim": given.get("keepdim", False)}
 
     def extent(self, given: Any, expr: Expr) -> Any:
         """The wide size of an axis whose size argument was `given`: an int, a node that computes it, or -1."""
@@ -81,17 +90,27 @@ class Rewriter:
         """Multiply an operand along its dimensions, right where `node` uses it."""
         if all(vector is None for vector in vectors) or (node.name, arg) in self._absorbed:
             return
-        operand: fx.Node = self.get_arg(node, arg)
+        with self.graph.inserting_before(node):
+            scaled = self._times(self.get_arg(node, arg), vectors)
+        self.set_arg(node, arg, scaled)
+
+    def scale_result(self, node: fx.Node, vectors: Sequence[Tensor | None]) -> None:
+        """Multiply a node's result along its dimensions."""
+        if any(vector is not None for vector in vectors):
+            users = list(node.users)
+            with self.graph.inserting_before(node.next):
+                result = self._times(node, vectors)
+            self._replace(node, result, users)
+
+    def _times(self, operand: fx.Node, vectors: Sequence[Tensor | None]) -> fx.Node:
         value, scaled = operand.meta["val"], operand
         for dim, vector in enumerate(vectors):
             if vector is not None:
                 shaped = vector.reshape([-1 if d == dim else 1 for d in range(len(vectors))])
-                name = self._constant(shaped, value)
-                with self.graph.inserting_before(node):
-                    factor = self.graph.get_attr(name)
-                    scaled = self.graph.call_function(aten.mul.Tensor, (scaled, factor))
+                factor = self.graph.get_attr(self._constant(shaped, value))
+                scaled = self.graph.call_function(aten.mul.Tensor, (scaled, factor))
                 scaled.meta["val"] = value  # for its dtype and device
-        self.set_arg(node, arg, scaled)
+        return scaled
 
     def after(self, node: fx.Node, op: Callable[..., Any], value: float) -> None:
         """Put `op(result, value)` in the place of the node's result, unless that would change nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from gpd_fx.axes import AxisSolver, Expr, frozen, product, size
-from gpd_fx.rules.effects import Extents, SymbolicSize
+from gpd_fx.rules.effects import Extent, Extents, SymbolicSize
 from gpd_fx.rules.site import Axes, Site, Value
 
 
@@ -86,13 +86,18 @@ def permute(site: Site) -> Value:
 
 
 def transpose(site: Site) -> Value:
-    """transpose, swapaxes, t, and the like: two dimensions change places."""
+    """transpose, swapaxes, t, mT and the like: two dimensions change places, by default the last two."""
     axes = site.axes(site.arg("self"))
     names = [a.name for a in site.schema.arguments[1:]]
-    first, second = [site.arg(name) for name in names] if names else (0, -1)
+    first, second = [site.arg(name) for name in names] if names else (-2, -1)
     if len(axes) > 1:
         axes[first], axes[second] = axes[second], axes[first]
     return axes
+
+
+def reverse(site: Site) -> Value:
+    """numpy_T: all dimensions change places."""
+    return site.axes(site.arg("self"))[::-1]
 
 
 def movedim(site: Site) -> Value:
@@ -143,25 +148,63 @@ def like_self(site: Site) -> Value:
 
 
 def repeat(site: Site) -> Value:
-    """repeat, tile: each axis becomes an outer frozen factor times itself."""
+    """repeat, tile: an axis becomes an outer frozen factor times itself, an axis of size one a new axis."""
     name = "repeats" if site.has_arg("repeats") else "dims"
     axes, counts = site.axes(site.arg("self")), list(site.arg(name))
-    axes = [()] * (len(counts) - len(axes)) + axes
     counts = [1] * (len(axes) - len(counts)) + counts
-    return [
-        axis if size(axis) == extent else product((frozen(extent // max(size(axis), 1)), axis))
-        for axis, extent in zip(axes, site.out_shape, strict=True)
-    ]
+    axes = [()] * (len(counts) - len(axes)) + axes
+    out: Axes = []
+    extents: list[Expr] = []
+    for dim, (axis, count, extent) in enumerate(zip(axes, counts, site.out_shape, strict=True)):
+        grown = size(axis) == 1 and extent > 1
+        extents.append(created(site, dim, extent, symbolic=isinstance(count, fx.Node)) if grown else ())
+        times = () if size(axis) == extent else frozen(extent // max(size(axis), 1))
+        out.append(extents[-1] if grown else product((times, axis)))
+    site.effects.append(Extents(name, tuple(extents[len(extents) - len(site.arg(name)) :])))
+    return out
 
 
 def repeat_interleave(site: Site) -> Value:
-    """repeat_interleave by a number: the repeated axis times an inner frozen factor."""
-    if site.arg("dim") is None or not isinstance(site.arg("repeats"), int):
+    """repeat_interleave by a number: the repeated axis times an inner frozen factor, or a new axis."""
+    count = site.arg("repeats")
+    if site.arg("dim") is None or not isinstance(count, int):
         return site.freeze_all("it flattens its operand or repeats by data")
     axes = site.axes(site.arg("self"))
     dim = site.dim(site.arg("dim"), len(axes))
-    axes[dim] = product((axes[dim], frozen(site.arg("repeats"))))
+    if size(axes[dim]) == 1:
+        axes[dim] = created(site, dim, count, symbolic=False)
+        site.effects.append(Extent("repeats", axes[dim]))
+    else:
+        axes[dim] = product((axes[dim], frozen(count)))
+    if isinstance(site.arg("output_size"), int):
+        site.effects.append(Extent("output_size", axes[dim]))
     return axes
+
+
+def kron(site: Site) -> Value:
+    """kron: each axis is the product of those of the operands, aligned from the last."""
+    operands = [site.axes(site.arg(name)) for name in ("self", "other")]
+    rank = max(map(len, operands))
+    left, right = [[()] * (rank - len(axes)) + axes for axes in operands]
+    return [product(pair) for pair in zip(left, right, strict=True)]
+
+
+def diagonal(site: Site) -> Value:
+    """diagonal: of two frozen dimensions, put last."""
+    axes = site.axes(site.arg("self"))
+    dims = [site.dim(site.arg(name), len(axes)) for name in ("dim1", "dim2")]
+    for dim in dims:
+        site.freeze(axes[dim], "its diagonal is taken")
+    return [*[axis for dim, axis in enumerate(axes) if dim not in dims], frozen(site.out_shape[-1])]
+
+
+def windows(site: Site) -> Value:
+    """unfold: windows of a frozen dimension, which are put last."""
+    axes = site.axes(site.arg("self"))
+    dim = site.dim(site.arg("dimension"), len(axes))
+    site.freeze(axes[dim], "windows of it are taken")
+    axes[dim] = frozen(site.out_shape[dim])
+    return [*axes, frozen(site.out_shape[-1])]
 
 
 def unbind(site: Site) -> Value:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from gpd_fx.axes import AxisSolver, Expr, Reason, frozen
 from gpd_fx.private import OpOverload, schema
@@ -107,9 +107,20 @@ class Site:
         """Whether a node's value depends on the model's inputs (an activation) or on parameters alone (a weight)."""
         return self._from_input[node]
 
+    def symbolic(self, node: fx.Node, dim: int) -> bool:
+        """Whether a tensor's size along a dimension is known only when the graph runs."""
+        value = node.meta.get("val")
+        size = value.shape[dim] if isinstance(value, Tensor) else None
+        return isinstance(size, torch.SymInt)  # pyright: ignore[reportUnnecessaryIsInstance]  a fake tensor's
+
     def dim(self, dim: int, rank: int) -> int:
         """A dimension counted from the front."""
         return dim % rank if rank else 0
+
+    def results(self, axes: Axes) -> Value:
+        """The value of an op whose results all have the same axes."""
+        count = len(self.schema.returns)
+        return axes if count == 1 else tuple(list(axes) for _ in range(count))
 
     def freeze(self, axis: Expr, text: str, *, natural: bool = False) -> Expr:
         """Freeze one axis with a reason of this node."""
@@ -153,7 +164,7 @@ def op_name(target: object) -> str:
 def bind(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by schema name, defaults filled in."""
     bound: dict[str, Any] = {}
-    for position, argument in enumerate(_arguments(node)):  # type: ignore[union-attr]
+    for position, argument in enumerate(_arguments(node)):
         if argument.name in node.kwargs:
             bound[argument.name] = node.kwargs[argument.name]
         elif position < len(node.args) and not argument.kwarg_only:

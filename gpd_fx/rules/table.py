@@ -12,16 +12,14 @@ from functools import cache
 import torch
 
 from gpd_fx.private import OpOverload
-from gpd_fx.rules import attention, concat, index, reduce, shape
+from gpd_fx.rules import attention, concat, index, norm, reduce, shape
 from gpd_fx.rules.index import pointwise
-from gpd_fx.rules.norm import layer_norm
 from gpd_fx.rules.notation import Einsum
-from gpd_fx.rules.site import Rule, Site, Value, op_name
+from gpd_fx.rules.site import Rule, op_name
 
 _CONV = "n (g i){s}, (g o) i{s}, (g o) -> n (g o){s} | (g i){s}, (g o) i{s}, (g o) -> (g o){s}"
 _CONV_T = "n (g i){s}, (g i) o{s}, (g o) -> n (g o){s} | (g i){s}, (g i) o{s}, (g o) -> (g o){s}"
 _MATMUL = "* m k, * k n -> * m n | k, k -> | * m k, k -> * m | k, * k n -> * n"
-_CHANNELS = Einsum("n c ..., c, c, c, c -> n c ...")
 _SPATIAL1 = Einsum("* _ -> * _")
 _SPATIAL2 = Einsum("* _ _ -> * _ _")
 _SPATIAL3 = Einsum("* _ _ _ -> * _ _ _")
@@ -29,16 +27,6 @@ _SPATIAL3 = Einsum("* _ _ _ -> * _ _ _")
 
 def _conv(pattern: str, dims: int) -> Rule:
     return Einsum(pattern.format(s=" _" * dims), groups="g")
-
-
-def _with_indices(rule: Rule) -> Rule:
-    """A pooling op that also returns indices within the pooled window's plane, which copies share."""
-
-    def both(site: Site) -> Value:
-        value = rule(site)
-        return (value, value)
-
-    return both
 
 
 RULES: dict[str, Rule] = {
@@ -58,74 +46,146 @@ RULES: dict[str, Rule] = {
     "bmm.default": Einsum("b m k, b k n -> b m n"),
     "mv.default": Einsum("m k, k -> m"),
     "dot.default": Einsum("k, k ->"),
+    "vdot.default": Einsum("k, k ->"),
+    "outer.default": Einsum("m, n -> m n"),
+    "ger.default": Einsum("m, n -> m n"),
     "addmm.default": Einsum("m n, m k, k n -> m n | n, m k, k n -> m n"),
+    "addmv.default": Einsum("m, m k, k -> m"),
     "baddbmm.default": Einsum("b m n, b m k, b k n -> b m n"),
+    "bilinear.default": Einsum("* i, * j, o i j, o -> * o"),
     "einsum.default": attention.einsum,
+    "inner.default": attention.inner,
+    "tensordot.default": attention.tensordot,
+    "kron.default": shape.kron,
     "scaled_dot_product_attention.default": attention.scaled_dot_product,
     # normalisation
-    "batch_norm.default": _CHANNELS,
-    "instance_norm.default": Einsum("n c ..., c, c, c, c -> n c ..."),
+    "batch_norm.default": norm.batch_norm,
+    "instance_norm.default": norm.instance_norm,
     "group_norm.default": Einsum("n (g ~i) ..., (g i), (g i) -> n (g i) ...", num_groups="g"),
-    "layer_norm.default": layer_norm,
-    "rms_norm.default": layer_norm,
-    "local_response_norm.default": Einsum("n _ ... -> n _ ..."),
-    # pooling and resizing: along space only
+    "layer_norm.default": norm.layer_norm,
+    "rms_norm.default": norm.layer_norm,
+    "_weight_norm.default": norm.weight_norm,
+    "cosine_similarity.default": norm.cosine_similarity,
+    "pairwise_distance.default": norm.pairwise_distance,
+    "cdist.default": norm.cdist,
+    # pooling and resizing: along space only; indices are those within a plane, which copies share
     "adaptive_avg_pool1d.default": _SPATIAL1,
     "adaptive_avg_pool2d.default": _SPATIAL2,
     "adaptive_avg_pool3d.default": _SPATIAL3,
-    "adaptive_max_pool2d.default": _with_indices(_SPATIAL2),
+    "adaptive_max_pool1d.default": _SPATIAL1,
+    "adaptive_max_pool2d.default": _SPATIAL2,
+    "adaptive_max_pool3d.default": _SPATIAL3,
     "avg_pool1d.default": _SPATIAL1,
     "avg_pool2d.default": _SPATIAL2,
     "avg_pool3d.default": _SPATIAL3,
     "max_pool1d.default": _SPATIAL1,
     "max_pool2d.default": _SPATIAL2,
     "max_pool3d.default": _SPATIAL3,
-    "max_pool2d_with_indices.default": _with_indices(_SPATIAL2),
+    "max_pool1d_with_indices.default": _SPATIAL1,
+    "max_pool2d_with_indices.default": _SPATIAL2,
+    "max_pool3d_with_indices.default": _SPATIAL3,
+    "max_unpool2d.default": Einsum("* _ _, * _ _ -> * _ _"),
     "upsample_nearest1d.vec": _SPATIAL1,
     "upsample_nearest2d.vec": _SPATIAL2,
     "upsample_nearest3d.vec": _SPATIAL3,
+    "_upsample_nearest_exact1d.vec": _SPATIAL1,
+    "_upsample_nearest_exact2d.vec": _SPATIAL2,
+    "_upsample_nearest_exact3d.vec": _SPATIAL3,
     "upsample_linear1d.vec": _SPATIAL1,
     "upsample_bilinear2d.vec": _SPATIAL2,
     "upsample_bicubic2d.vec": _SPATIAL2,
     "upsample_trilinear3d.vec": _SPATIAL3,
     "_upsample_bilinear2d_aa.vec": _SPATIAL2,
     "_upsample_bicubic2d_aa.vec": _SPATIAL2,
-    "grid_sampler.default": Einsum("n c _ _, n _ _ _ -> n c _ _"),
+    "grid_sampler.default": Einsum("n c _ _, n _ _ _ -> n c _ _ | n c _ _ _, n _ _ _ _ -> n c _ _ _"),
     "pixel_shuffle.default": Einsum("* (c R S) _ _ -> * c _ _", upscale_factor="R"),
     "pixel_unshuffle.default": Einsum("* c _ _ -> * (c K) _ _"),
     "channel_shuffle.default": Einsum("n (G c) ... -> n (c G) ...", groups="G"),
-    "im2col.default": Einsum("n c _ _ -> n (c K) _"),
-    "col2im.default": Einsum("n (c K) _ -> n c _ _"),
+    "im2col.default": Einsum("* c _ _ -> * (c K) _"),
+    "col2im.default": Einsum("* (c K) _ -> * c _ _"),
     # reductions
     "mean.default": reduce.mean,
     "mean.dim": reduce.mean,
     "sum.default": reduce.total,
     "sum.dim_IntList": reduce.total,
     "linalg_vector_norm.default": reduce.norm,
+    "linalg_norm.default": reduce.matrix_norm,
+    "linalg_norm.ord_str": reduce.matrix_norm,
+    "linalg_matrix_norm.str_ord": reduce.matrix_norm,
+    "norm.Scalar": reduce.norm,
     "norm.ScalarOpt_dim": reduce.norm,
-    "amax.default": reduce.extreme,
-    "amin.default": reduce.extreme,
-    "any.dim": reduce.extreme,
-    "all.dim": reduce.extreme,
+    **dict.fromkeys(
+        [
+            "all.default",
+            "all.dim",
+            "all.dims",
+            "amax.default",
+            "amin.default",
+            "any.default",
+            "any.dim",
+            "any.dims",
+            "max.default",
+            "min.default",
+        ],
+        reduce.extreme,
+    ),
     "max.dim": reduce.extreme_index,
     "min.dim": reduce.extreme_index,
-    "argmax.default": reduce.extreme_index,
-    "argmin.default": reduce.extreme_index,
     "softmax.int": reduce.softmax,
     "_softmax.default": reduce.softmax,
     "log_softmax.int": reduce.log_softmax,
+    "_log_softmax.default": reduce.log_softmax,
     "logsumexp.default": reduce.logsumexp,
-    "var.correction": reduce.variance,
-    "var.dim": reduce.variance,
-    "std.correction": reduce.deviation,
-    "std.dim": reduce.deviation,
-    "cumsum.default": reduce.scan,
-    "cumprod.default": reduce.scan,
+    **dict.fromkeys(
+        [
+            f"{name}.{overload}"
+            for name in ("std", "std_mean", "var", "var_mean")
+            for overload in ("correction", "default", "dim")
+        ],
+        reduce.variance,
+    ),
+    # along dimensions that stay as they are
+    **dict.fromkeys(
+        [
+            "argmax.default",
+            "argmin.default",
+            "argsort.default",
+            "cummax.default",
+            "cummin.default",
+            "cumprod.default",
+            "cumsum.default",
+            "fft_fft.default",
+            "fft_fft2.default",
+            "fft_fftn.default",
+            "fft_ifft.default",
+            "fft_ifft2.default",
+            "fft_irfft.default",
+            "fft_irfft2.default",
+            "fft_rfft.default",
+            "fft_rfft2.default",
+            "index_fill.int_Scalar",
+            "kthvalue.default",
+            "logcumsumexp.default",
+            "median.dim",
+            "prod.dim_int",
+            "sort.default",
+            "sort.stable",
+            "topk.default",
+        ],
+        reduce.fixed,
+    ),
+    "triu.default": Einsum("* _ _ -> * _ _"),
+    "tril.default": Einsum("* _ _ -> * _ _"),
+    "diagonal.default": shape.diagonal,
+    "unfold.default": shape.windows,
+    "view_as_complex.default": Einsum("* _ -> *"),
+    "view_as_real.default": Einsum("* -> * _"),
     # shapes
     "view.default": shape.reshape,
     "reshape.default": shape.reshape,
     "_unsafe_view.default": shape.reshape,
     "flatten.using_ints": shape.regroup,
+    "ravel.default": shape.regroup,
     "squeeze.default": shape.regroup,
     "squeeze.dim": shape.regroup,
     "squeeze.dims": shape.regroup,
@@ -137,13 +197,18 @@ RULES: dict[str, Rule] = {
     "expand.default": shape.expand,
     "permute.default": shape.permute,
     "transpose.int": shape.transpose,
+    "transpose_.default": shape.transpose,
     "swapaxes.default": shape.transpose,
     "swapdims.default": shape.transpose,
     "t.default": shape.transpose,
-    "numpy_T.default": shape.transpose,
     "mT.default": shape.transpose,
+    "mH.default": shape.transpose,
+    "adjoint.default": shape.transpose,
+    "numpy_T.default": shape.reverse,
     "movedim.int": shape.movedim,
     "movedim.intlist": shape.movedim,
+    "moveaxis.int": shape.movedim,
+    "moveaxis.intlist": shape.movedim,
     "repeat.default": shape.repeat,
     "tile.default": shape.repeat,
     "repeat_interleave.self_int": shape.repeat_interleave,
@@ -169,11 +234,17 @@ RULES: dict[str, Rule] = {
     # concatenation
     "cat.default": concat.cat,
     "concat.default": concat.cat,
+    "concatenate.default": concat.cat,
+    "vstack.default": concat.join_along(0),
+    "hstack.default": concat.join_along(1),
+    "column_stack.default": concat.join_along(1),
+    "dstack.default": concat.join_along(2),
     "split.Tensor": concat.split,
     "split.sizes": concat.split,
     "split_with_sizes.default": concat.split,
     "chunk.default": concat.split,
     "tensor_split.sections": concat.split,
+    "tensor_split.indices": concat.split,
     "slice.Tensor": concat.slice_axis,
     "narrow.default": concat.narrow,
     "pad.default": concat.pad,
@@ -183,27 +254,34 @@ RULES: dict[str, Rule] = {
     "index.Tensor": index.index,
     "index_select.default": index.index_select,
     "gather.default": index.gather,
-    "prelu.default": Einsum("n c ..., c -> n c ... | n, _ -> n"),
-    # elementwise, though some torch versions do not tag them so
+    "prelu.default": index.prelu,
+    # elementwise, though torch (or an older one) does not tag them so
     **dict.fromkeys(
         [
-            "celu.default",
-            "elu.default",
+            "_to_copy.default",
+            "alias.default",
+            "alpha_dropout.default",
+            "bernoulli.p",
+            "bernoulli_.float",
+            "contiguous.default",
+            "copy.default",
+            "detach.default",
+            "dropout.default",
+            "feature_alpha_dropout.default",
+            "feature_dropout.default",
             "fill.Scalar",
-            "hardsigmoid.default",
+            "fill.Tensor",
             "hardswish.default",
-            "hardtanh.default",
+            "imag.default",
             "leaky_relu.default",
+            "lift_fresh_copy.default",
             "log_sigmoid.default",
-            "mish.default",
-            "relu6.default",
-            "rrelu.default",
-            "selu.default",
-            "silu.default",
-            "softplus.default",
-            "softshrink.default",
-            "tanhshrink.default",
             "masked_fill.Tensor",
+            "native_dropout.default",
+            "real.default",
+            "to.device",
+            "to.dtype",
+            "to.dtype_layout",
             "where.Scalar",
             "where.ScalarOther",
             "where.ScalarSelf",
@@ -211,23 +289,8 @@ RULES: dict[str, Rule] = {
         ],
         pointwise,
     ),
-    "alias.default": pointwise,
-    "bernoulli.p": pointwise,
-    "bernoulli_.float": pointwise,
-    "clone.default": pointwise,
-    "contiguous.default": pointwise,
-    "copy.default": pointwise,
-    "detach.default": pointwise,
-    "dropout.default": pointwise,
-    "feature_dropout.default": pointwise,
-    "lift_fresh_copy.default": pointwise,
-    "native_dropout.default": _with_indices(pointwise),
-    "to.dtype": pointwise,
-    "to.dtype_layout": pointwise,
-    "to.device": pointwise,
     "to.other": shape.like_self,
     "type_as.default": shape.like_self,
-    "_to_copy.default": pointwise,
 }
 
 
