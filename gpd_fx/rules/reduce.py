@@ -49,7 +49,7 @@ def norm(site: Site) -> Value:
     if p == float("inf"):
         return extreme(site)
     if not isinstance(p, int | float) or p <= 0:
-        return fixed(site)
+        return fixed(f"a norm of order {p} is taken over it")(site)
     return _linear(site, p=float(p))
 
 
@@ -64,7 +64,7 @@ def matrix_norm(site: Site) -> Value:
     if order == float("inf"):
         return extreme(site)
     if order is not None and order <= 0:
-        return fixed(site)
+        return fixed(f"a norm of order {order} is taken over it")(site)
     return _linear(site, p=float(order or 2))
 
 
@@ -78,20 +78,24 @@ def extreme_index(site: Site) -> Value:
     """max, min along a dimension: an index would mean nothing among copies, so it must not be used."""
     harmless = [user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in site.node.users]
     if not all(harmless):
-        return fixed(site)
+        return fixed("indices into it are returned")(site)
     return site.results(extreme(site))
 
 
-def fixed(site: Site) -> Value:
-    """Scans, sorts, products, transforms, ...: the dimensions stay as they are, all others are free."""
-    axes = site.axes(site.arg("self"))
-    dims = _dims(site, axes)
-    for dim in dims:
-        site.freeze(axes[dim], "the op needs its elements as they are")
-    shape = site.out_shape
-    if len(shape) == len(axes):
-        return site.results([frozen(shape[d]) if d in dims else axis for d, axis in enumerate(axes)])
-    return site.results([axis for d, axis in enumerate(axes) if d not in dims])
+def fixed(text: str) -> Rule:
+    """Scans, sorts, transforms, ...: the dimensions stay as they are, for the reason given, and all others are free."""
+
+    def rule(site: Site) -> Value:
+        axes = site.axes(site.arg("self"))
+        dims = _dims(site, axes)
+        for dim in dims:
+            site.freeze(axes[dim], text)
+        shape = site.out_shape
+        if len(shape) == len(axes):
+            return site.results([frozen(shape[d]) if d in dims else axis for d, axis in enumerate(axes)])
+        return site.results([axis for d, axis in enumerate(axes) if d not in dims])
+
+    return rule
 
 
 def statistics(site: Site, axes: Axes, dims: list[int]) -> tuple[Expr, ...]:
