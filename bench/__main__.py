@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from bench import compose
+from bench import compose, step
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.command("compose")(compose.main)
-
-
-@app.callback()
-def _() -> None:
-    """Keep the command's name while there is only one."""
+app.command("step")(step.main)
 
 
 if __name__ == "__main__":

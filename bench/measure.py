@@ -45,7 +45,9 @@ class Row:
         """Ready for JSON."""
         found = asdict(self)
         if self.seconds:
-            found |= {"median": statistics.median(self.seconds), "ratio": statistics.median(self.ratios)}
+            found["median"] = statistics.median(self.seconds)
+        if self.ratios:
+            found["ratio"] = statistics.median(self.ratios)
         return found
 
 
@@ -69,7 +71,7 @@ def timer(device: torch.device) -> Callable[[], float]:
 def measure(cases: Sequence[Case], rounds: int, device: torch.device) -> list[Row]:
     """Check every case; then time those that are right in turn, `rounds` times after one round that is not counted.
 
-    Ratios are to the first case, within a round.
+    Ratios are to the first case, within a round; there are none where the first case is wrong.
     """
     progress = Console(stderr=True)
     rows: list[Row] = []
