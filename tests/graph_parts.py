@@ -143,3 +143,8 @@ def op(weight: int = 1) -> Callable[[Op], Op]:
         return function
 
     return register
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors, in order."""
+    return [d for d in range(1, n + 1) if n % d == 0]

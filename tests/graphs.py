@@ -15,10 +15,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests import graph_ops
+from tests import graph_layers, graph_ops
 from tests.graph_parts import OPS, WEIGHTS, Builder, Part, UnfitError, fill
 
-assert graph_ops.conv  # importing it registers the ops
+assert len(OPS) == len({*vars(graph_layers), *vars(graph_ops)} & set(OPS))  # importing them registers the ops
 PICKS = 8
 _INPUTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "image": ((3, 8, 8),),
