@@ -67,7 +67,8 @@ def sweep(
     )
     with Progress(*columns, console=Console(stderr=True)) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("models", total=len(names), completed=len(names) - len(todo))
-        futures = {pool.submit(_run, name, options, timeout): name for name in todo}
+        threads = max((os.cpu_count() or 1) // jobs, 1)
+        futures = {pool.submit(_run, name, options, timeout, threads): name for name in todo}
         for future in as_completed(futures):
             with out.open("a") as file:
                 file.write(json.dumps(future.result()) + "\n")
@@ -82,10 +83,10 @@ def sweep(
     raise typer.Exit(1 if bad else 0)
 
 
-def _run(name: str, options: Sequence[str], timeout: float) -> dict[str, Any]:
-    """One model in a process of its own, one thread each."""
+def _run(name: str, options: Sequence[str], timeout: float, threads: int) -> dict[str, Any]:
+    """One model in a process of its own."""
     command = [sys.executable, "-m", "bench.zoo.one", name, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     except subprocess.TimeoutExpired:

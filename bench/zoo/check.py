@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -126,6 +127,7 @@ def check(
             if onnx:
                 record.onnx_error = _onnx(student, args, kwargs)
         del teacher
+        gc.collect()  # graphs hold cycles, and two wide teachers may not fit
     return record
 
 
@@ -153,11 +155,11 @@ def _call(model: nn.Module, batch: Any, mode: str) -> Any:
 @torch.no_grad()
 def _both_error(teacher: gpd_fx.DynamicTeacher, batch: Any, mode: str, expected: Any) -> float:
     teacher.train(mode == "train")
-    state = copy.deepcopy(teacher.state_dict()) if mode == "train" else None
+    before = [(buffer, buffer.clone()) for buffer in teacher.buffers()]
     args, kwargs = _clones(batch)
     wide, narrow = teacher.both(*args, **kwargs)
-    if state is not None:
-        teacher.load_state_dict(state)  # running statistics
+    for buffer, value in before:
+        buffer.copy_(value)  # running statistics
     return max(relative_error(expected, wide), relative_error(expected, narrow))
 
 

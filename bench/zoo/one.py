@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import torch
 import typer
 
 from bench.zoo.check import check
@@ -18,7 +17,6 @@ def main(
     onnx: Annotated[bool, typer.Option()] = True,
 ) -> None:
     """Print `RECORD` and a line of JSON."""
-    torch.set_num_threads(1)
     build = builder(name)
     record = check(name, build, inputs_for(build().double()), ratios=ratio or (2.0, 3.0, 1.5), onnx=onnx)
     typer.echo("RECORD " + json.dumps(record.to_dict() | {"exact": record.exact}))
