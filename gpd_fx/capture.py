@@ -24,6 +24,8 @@ from torch.utils import _pytree as pytree
 
 from gpd_fx.errors import CaptureError, InputError
 from gpd_fx.fakes import fake_call
+from gpd_fx.inputs import prepare
+from gpd_fx.paths import graphs_of
 
 Mode = Literal["train", "eval"]
 _BATCH = torch.export.Dim.AUTO  # let the exporter find which leading dimensions vary, and together
@@ -65,7 +67,10 @@ def capture(
         InputError: the model cannot be called with these inputs.
         CaptureError: `torch.export` cannot trace the model; the message says where.
     """
-    return capture_skeleton(shallow_copy(model), tuple(example_inputs), dict(example_kwargs or {}), mode)
+    args, kwargs = prepare(model, example_inputs, example_kwargs)
+    skeleton = shallow_copy(model)
+    try_call(skeleton, args, kwargs)
+    return capture_skeleton(skeleton, args, kwargs, mode)
 
 
 def capture_skeleton(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> fx.GraphModule:
@@ -121,9 +126,13 @@ def _at_least_two(tensor: Tensor) -> Tensor:
 
 def _clean(exported: fx.GraphModule) -> fx.GraphModule:
     """A plain GraphModule: the exporter's forbids `train()`, and its assertions would forbid a cast to float64."""
-    for node in list(exported.graph.nodes):
-        if str(node.target) in _IGNORED or node.target == "_guards_fn" or (node.op == "get_attr" and not node.users):
-            exported.graph.erase_node(node)
+    for module in graphs_of(exported):  # regions under autocast or without gradients are graphs of their own
+        for node in list(module.graph.nodes):
+            unused = node.op == "get_attr" and not node.users
+            if str(node.target) in _IGNORED or node.target == "_guards_fn" or unused:
+                module.graph.erase_node(node)
+        if module is not exported:
+            module.recompile()
     return fx.GraphModule(exported, exported.graph)
 
 

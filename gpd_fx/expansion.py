@@ -46,6 +46,7 @@ class Draft:
     parameters: dict[str, nn.Parameter]  # the student's, by canonical name, used by a graph or not
 
 
+@torch.inference_mode(mode=False)  # or the teacher's parameters could not be trained
 def expand(
     model: nn.Module,
     ratio: Ratio = 2.0,
@@ -154,6 +155,14 @@ def make_draft(
         raise ArgumentError("the model is a dynamic teacher already; fold it first, or expand the student")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
         raise ArgumentError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ArgumentError(
+            f"the model is wrapped by {type(model).__name__}; expand model.module, and wrap the teacher"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(
+            "the model is a TorchScript module, which cannot be captured; pass the one it was made from"
+        )
     _check_values(model)
     args, kwargs = prepare(model, example_inputs, example_kwargs)
     skeleton = shallow_copy(model)

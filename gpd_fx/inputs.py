@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gpd_fx.errors import InputError
 from gpd_fx.fakes import fake_call
-from gpd_fx.private import flat_inputs, free_size
+from gpd_fx.private import flat_inputs, free_size, has_structure
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 _SIDES = (224, 64, 32, 256, 384, 28, 8)  # what image models are usually built for
@@ -48,7 +48,8 @@ def prepare(model: nn.Module, args: Sequence[Any] | Tensor | None, kwargs: Mappi
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 0:
                 raise InputError(f"an example input of shape {list(leaf.shape)} is empty; pass a batch of 2 or more")
-        return tuple(args or ()), dict(kwargs or {})
+        plain = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (args or (), kwargs or {}))
+        return tuple(plain[0]), dict(plain[1])
     for guess in _guesses(model):
         if _accepts(model, guess):
             return guess
@@ -64,6 +65,8 @@ def check_inputs(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[s
     Raises:
         InputError: another structure, another size of a fixed dimension, or another value of what is no tensor.
     """
+    if not has_structure(graph):  # a graph that was unpickled forgets what it was captured with
+        return
     remedy = "expand the model with example inputs like those of this call"
     try:
         leaves = flat_inputs(graph, args, kwargs)
@@ -96,8 +99,8 @@ def _accepts(model: nn.Module, guess: Example) -> bool:
         for module in training:
             module.training = False
         fake_call(model, *guess)
-    except Exception:  # noqa: BLE001  whatever a model raises on inputs that are not its own
-        return False
+    except Exception as error:  # noqa: BLE001  whatever a model raises on inputs that are not its own
+        return "DataDependent" in type(error).__name__  # it got as far as to ask for a value; capture will say where
     finally:
         for module, was in training.items():
             module.training = was
@@ -105,7 +108,7 @@ def _accepts(model: nn.Module, guess: Example) -> bool:
 
 
 def _guesses(model: nn.Module) -> Iterator[Example]:
-    first = next(model.parameters(), None)
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
     device = first.device if first is not None else torch.device("cpu")
     dtype = first.dtype if first is not None else torch.get_default_dtype()
 

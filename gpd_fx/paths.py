@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 def fetch(module: nn.Module, path: str) -> Any:
@@ -33,3 +33,8 @@ def put(module: nn.Module, path: str, value: object, *, like: object) -> None:
         module.register_buffer(name, value, persistent=value is not None)  # pyright: ignore[reportArgumentType]  likewise
     else:
         setattr(module, name, value)
+
+
+def graphs_of(module: nn.Module) -> list[fx.GraphModule]:
+    """A graph module and those inside it, which are the bodies of some of its calls."""
+    return [inner for inner in module.modules() if isinstance(inner, fx.GraphModule)]

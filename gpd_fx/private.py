@@ -27,6 +27,11 @@ def copy_graph(source: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return graph, mapping
 
 
+def has_structure(module: fx.GraphModule) -> bool:
+    """Whether a graph knows the structure of its inputs."""
+    return hasattr(module.graph._codegen, "pytree_info")
+
+
 def flat_inputs(module: fx.GraphModule, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
     """The values of the placeholders of a captured graph for a call, by position or by keyword as for the module.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from gpd_fx.calls import call_with, places_of, recurrent_layers
 from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
 from gpd_fx.inputs import check_inputs
-from gpd_fx.paths import put
+from gpd_fx.paths import graphs_of, put
 from gpd_fx.private import copy_graph
 from gpd_fx.report import ExpansionReport
 
@@ -137,6 +138,18 @@ class DynamicTeacher(nn.Module):
         """What the expansion did: widths, coverage, what stayed unwidened and why, costs."""
         return self._report
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicTeacher:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentError(
+            "a dynamic teacher cannot be pickled, since its graphs do not survive that; use gpd_fx.save(teacher, path) "
+            "and gpd_fx.load(path, model), or its state_dict()"
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> DynamicTeacher:
         """Move or cast; tensors that the graphs create follow the parameters."""
         before = _home(self)
@@ -163,7 +176,8 @@ def _rehome(graph: fx.GraphModule, moves: Mapping[Any, Any]) -> None:
     def move(value: Any) -> Any:
         return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
 
-    for node in graph.graph.nodes:
-        node.args = pytree.tree_map(move, node.args)
-        node.kwargs = pytree.tree_map(move, dict(node.kwargs))
-    graph.recompile()
+    for module in graphs_of(graph):
+        for node in module.graph.nodes:
+            node.args = pytree.tree_map(move, node.args)
+            node.kwargs = pytree.tree_map(move, dict(node.kwargs))
+        module.recompile()

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from gpd_fx.axes import Expr
 from gpd_fx.errors import VerificationError
 from gpd_fx.passes.widen import EXACT
-from gpd_fx.paths import fetch
+from gpd_fx.paths import fetch, graphs_of
 from gpd_fx.plan import Plan
 from gpd_fx.private import OpOverload, copy_graph, flat_inputs, put_tensor
 from gpd_fx.rules.site import bind, op_name
@@ -42,7 +42,12 @@ _ADVICE = (
     "them as they are"
 )
 aten = torch.ops.aten
-_LOW = (torch.float16, torch.bfloat16, torch.float32)
+_EXACT = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
 
 
 def relative_error(expected: Any, actual: Any) -> float:
@@ -57,6 +62,8 @@ def relative_error(expected: Any, actual: Any) -> float:
 def _tensor_error(expected: Tensor, actual: Any) -> float:
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         return float("inf")
+    if expected.is_complex() and actual.is_complex():
+        expected, actual = torch.view_as_real(expected), torch.view_as_real(actual)
     if not expected.is_floating_point():
         return 0.0 if torch.equal(expected, actual) else float("inf")
     expected, actual = expected.double(), actual.double()
@@ -83,8 +90,10 @@ def random_like(
         if batch is not None:
             rows = torch.arange(batch, device=tensor.device) % tensor.shape[0]
             tensor = tensor[rows]
-        if tensor.is_floating_point():
-            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device, dtype)
+        if tensor.is_floating_point() or tensor.is_complex():
+            kind = dtype if tensor.is_floating_point() else _EXACT.get(tensor.dtype, tensor.dtype)
+            drawn = _exact(torch.empty(tensor.shape, dtype=tensor.dtype)).normal_(generator=generator)
+            return drawn.to(tensor.device, kind)
         if tensor.dtype == torch.bool or tensor.numel() == 0:
             return tensor
         low, high = int(tensor.min()), int(tensor.max())
@@ -94,11 +103,11 @@ def random_like(
 
 
 def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Float64, every value changed by up to a half, zeros made small and positive; integers as they are."""
-    if not tensor.is_floating_point():
+    """In double precision, each value changed by up to a half, zeros made small and positive; integers as they are."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
         return tensor.clone()
     factor = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device) + 0.5
-    changed = tensor.detach().double() * factor
+    changed = _exact(tensor.detach()) * factor
     return torch.where(changed == 0, 0.1 * factor, changed)
 
 
@@ -109,12 +118,14 @@ def deterministic(graph: fx.GraphModule) -> str | None:
         The name of a random op that cannot be switched off, or None.
     """
     stubborn: str | None = None
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function":
+    modules = graphs_of(graph)
+    for node in [node for module in modules for node in module.graph.nodes if node.op == "call_function"]:
+        name = op_name(node.target)
+        if name == "wrap_with_autocast":  # device, dtype, enabled, ...
+            node.args = (*node.args[:2], False, *node.args[3:])
             continue
         node.args = pytree.tree_map(_upcast, node.args)
         node.kwargs = pytree.tree_map(_upcast, dict(node.kwargs))
-        name = op_name(node.target)
         if name.startswith(
             ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
         ):
@@ -128,13 +139,14 @@ def deterministic(graph: fx.GraphModule) -> str | None:
             node.args = (*node.args[:3], False)
         elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             stubborn = name
-    graph.recompile()
+    for module in modules:
+        module.recompile()
     return stubborn
 
 
 def is_random(graph: fx.GraphModule) -> bool:
     """Whether two runs of a graph on the same inputs may differ."""
-    for node in graph.graph.nodes:
+    for node in [node for module in graphs_of(graph) for node in module.graph.nodes]:
         random = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
         if random or op_name(node.target).startswith("aten.rrelu"):
             args = bind(node)
@@ -144,12 +156,20 @@ def is_random(graph: fx.GraphModule) -> bool:
 
 
 def _upcast(value: Any) -> Any:
-    return torch.float64 if value in _LOW else value
+    return _EXACT.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In double precision, if it is not integer."""
+    return tensor.to(_EXACT.get(tensor.dtype, tensor.dtype))
 
 
 def _copy_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph over the same root, whose constants are float64."""
+    """A copy of the graph, and of those inside it, over the same tensors."""
     copied = fx.GraphModule(module, copy_graph(module.graph)[0])
+    for name, inner in list(copied.named_children()):
+        if isinstance(inner, fx.GraphModule):
+            copied.add_module(name, _copy_graph(inner))
     copied.meta.update(module.meta)
     return copied
 
@@ -226,7 +246,7 @@ def _tensors(capture: fx.GraphModule, generator: torch.Generator | None) -> dict
         value = fetch(capture, str(node.target))
         if isinstance(value, Tensor):
             if id(value) not in same:
-                plain = value.detach().double() if value.is_floating_point() else value.detach()
+                plain = _exact(value.detach())
                 same[id(value)] = plain.clone() if generator is None else _perturb(value, generator)
             found[str(node.target)] = same[id(value)]
     return found
@@ -249,17 +269,10 @@ def _run(module: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
 
 
 def _constants(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers that are not given, in float64, as they were before they were rounded to the model's dtype."""
-    exact: dict[str, Tensor] = getattr(module, "meta", {}).get(EXACT, {})
+    """The buffers that are not given, in double precision, as they were before they were rounded."""
+    before: dict[str, Tensor] = getattr(module, "meta", {}).get(EXACT, {})
     rest = {name: buffer for name, buffer in module.named_buffers() if name not in given}
-    return {
-        name: exact[name].to(buffer.device)
-        if name in exact
-        else buffer.double()
-        if buffer.is_floating_point()
-        else buffer
-        for name, buffer in rest.items()
-    }
+    return {n: before[n].to(buffer.device) if n in before else _exact(buffer) for n, buffer in rest.items()}
 
 
 def _compare(plan: Plan, pair: _Pair, tensors: Mapping[str, Tensor], inputs: Any) -> float:
@@ -364,12 +377,15 @@ def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Gener
         return 0.0
     deterministic(graph)
     named = [*draft.model.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    tensors = {name: t.detach().double() if t.is_floating_point() else t.detach() for name, t in named}
+    tensors = {name: _exact(t.detach()) for name, t in named}
     used = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
     read = {name: t for name, t in tensors.items() if name in used}
     inputs = _inputs(graph, read, draft, generator)
-    expected, actual = _run(module, tensors, inputs), _run(graph, read, inputs)
-    error = relative_error(expected, actual)
+    try:
+        expected = _run(module, tensors, inputs)
+    except Exception:  # noqa: BLE001  it casts to float32 by itself; the finished teacher is compared in its own dtype
+        return 0.0
+    error = relative_error(expected, _run(graph, read, inputs))
     if error > _CAST_TOLERANCE:
         raise VerificationError(
             f"torch.export's capture of {type(draft.model).__name__} differs from the module by {error:.1e} of its "

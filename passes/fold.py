@@ -39,11 +39,12 @@ def fold(teacher: nn.Module) -> nn.Module:
     Raises:
         FoldError: the argument is no dynamic teacher.
     """
-    for wrapper in ("_orig_mod", "module"):
-        inner = getattr(teacher, wrapper, None)
-        teacher = inner if isinstance(inner, DynamicTeacher) else teacher
-    if not isinstance(teacher, DynamicTeacher):
-        raise FoldError(f"cannot fold a {type(teacher).__name__}; pass what gpd_fx.expand or gpd_fx.load returned")
+    given = teacher
+    while not isinstance(teacher, DynamicTeacher):
+        inner = getattr(teacher, "_orig_mod", None) or getattr(teacher, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise FoldError(f"cannot fold a {type(given).__name__}; pass what gpd_fx.expand or gpd_fx.load returned")
+        teacher = inner
     student = copy.deepcopy(teacher.skeleton)
     with torch.no_grad():
         tensors = teacher.composition.student()

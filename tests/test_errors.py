@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,26 @@ def test_a_teacher_is_not_expanded_again(model: nn.Module) -> None:
     teacher = gpd_fx.expand(model, 2.0, (images(),))
     with pytest.raises(ArgumentError, match="the model is a dynamic teacher already; fold it first"):
         gpd_fx.expand(teacher, 2.0, (images(),))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_wrapped_models(model: nn.Module) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"the model is wrapped by DataParallel; expand model\.module, and wrap the"
+    ):
+        gpd_fx.expand(nn.DataParallel(model), 2.0, (images(),))
+    scripted = torch.jit.trace(model.eval(), (images(),))
+    assert isinstance(scripted, nn.Module)
+    with pytest.raises(
+        ArgumentError, match="the model is a TorchScript module, which cannot be captured; pass the one"
+    ):
+        gpd_fx.expand(scripted, 2.0, (images(),))
+
+
+def test_a_teacher_is_not_pickled(model: nn.Module) -> None:
+    teacher = gpd_fx.expand(model, 2.0, (images(),))
+    with pytest.raises(ArgumentError, match=r"cannot be pickled.*use gpd_fx\.save\(teacher, path\) and gpd_fx\.load"):
+        torch.save(teacher, io.BytesIO())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

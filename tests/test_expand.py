@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import gpd_fx
 from gpd_fx.errors import ArgumentError, GPDWarning
@@ -262,9 +263,13 @@ def test_the_seed_decides(randomise: Randomise) -> None:
     first, second, third = (gpd_fx.expand(model, 2.0, (images(),), seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
+
+
+def test_torchs_random_numbers_are_left_alone(randomise: Randomise) -> None:
+    model, inputs = randomise(Net()).double(), (images(),)
     state = torch.get_rng_state()
-    gpd_fx.expand(model, 2.0, (images(),), seed=1)
-    torch.set_rng_state(state)
+    gpd_fx.expand(model, 2.0, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ------------------------------------------------------------------------------------------------- ties
@@ -577,6 +582,140 @@ def test_the_students_weights_are_a_slice_of_the_teachers(randomise: Randomise) 
 
 
 # --------------------------------------------------------------------------------------- modules of other kinds
+
+
+class Linears(nn.Module):
+    """Two linear layers, with something of `how` between them."""
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.how(self.first, x))
+
+
+def under_autocast(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return layer(x).float().relu()
+
+
+def without_autocast(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return layer(x.float()).relu()
+
+
+def without_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layer(x).relu()
+
+
+def checkpointed(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: layer(y).relu(), x, use_reentrant=False)  # pyright: ignore[reportReturnType]  untyped
+
+
+def in_frequencies(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.fft.irfft(torch.fft.rfft(layer(x)) * torch.polar(torch.ones(3), torch.ones(3)), n=4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [under_autocast, without_autocast, without_gradient, checkpointed, in_frequencies, lambda f, x: f(x).detach()],
+)
+@pytest.mark.filterwarnings("ignore:nothing in Linears widens")
+def test_regions_of_their_own(randomise: Randomise, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model = randomise(Linears(how))
+    x = torch.randn(2, 3)
+    teacher = gpd_fx.expand(model, 2.0, (x,))
+    agree(model, teacher, torch.randn(5, 3), tolerance=1e-2 if how is under_autocast else 1e-5)
+    if how is not checkpointed:  # torch recomputes in backward, when the student's tensors are gone from their places
+        step(teacher, x)
+    assert relative_error(teacher.student(x), gpd_fx.fold(teacher)(x)) <= 1e-6
+
+
+def test_complex_parameters(randomise: Randomise) -> None:
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.filter = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(F.relu(self.second_order(self.first(x))))
+
+        def second_order(self, h: Tensor) -> Tensor:
+            return torch.fft.irfft(torch.fft.rfft(h) * self.filter, n=4)
+
+    with pytest.warns(GPDWarning, match="nothing in Filter widens"):
+        teacher = gpd_fx.expand(model := randomise(Filter()), 2.0, (torch.randn(2, 3),))
+    agree(model, teacher, torch.randn(4, 3), tolerance=1e-5)
+
+
+def test_lists_of_parameters(randomise: Randomise) -> None:
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList([nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(2, 4))])
+            self.named = nn.ParameterDict({"gain": nn.Parameter(torch.ones(4))})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.weights[0]) * self.named["gain"], self.weights[1])
+
+    model = randomise(Lists()).double()
+    x = torch.randn(2, 3, dtype=D)
+    teacher = gpd_fx.expand(model, 2.0, (x,))
+    agree(model, teacher, x)
+    assert teacher.report().coverage == 1
+    step(teacher, x)
+    assert relative_error(teacher.student(x), gpd_fx.fold(teacher)(x)) <= 1e-12
+
+
+def test_a_traced_model(randomise: Randomise) -> None:
+    model = torch.fx.symbolic_trace(randomise(Net()).double().eval())
+    agree(model, gpd_fx.expand(model, 2.0, (images(),)), images(3))
+
+
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def test_hooks_are_part_of_the_model(randomise: Randomise) -> None:
+    model = randomise(Net()).double().eval()
+    model.get_submodule("body").register_forward_hook(doubled)
+    plain = copy.deepcopy(model)
+    plain.get_submodule("body")._forward_hooks.clear()  # pyright: ignore[reportPrivateUsage]  there is no public way
+    teacher = gpd_fx.expand(model, 2.0, (images(),))
+    x = images(3)
+    agree(model, teacher, x)
+    assert relative_error(plain(x), teacher(x)) > 1e-3
+    assert relative_error(model(x), gpd_fx.fold(teacher)(x)) <= 1e-12
+
+
+def test_under_autocast(randomise: Randomise) -> None:
+    model = randomise(Net()).eval()
+    teacher = gpd_fx.expand(model, 2.0, (images(dtype=torch.float32),))
+    x = images(3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(x)
+        for output in teacher.both(x):
+            assert output.dtype == expected.dtype == torch.bfloat16
+            assert relative_error(expected, output) <= 0.1
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_teacher_made_without_gradients_trains(randomise: Randomise, context: Callable[[], Any]) -> None:
+    model = randomise(Net()).double()
+    with context():
+        teacher = gpd_fx.expand(model, 2.0, (images(),))
+    step(teacher, images())
+    assert all(p.grad is not None for p in teacher.composition.weights.parameters())
+
+
+def test_channels_last(randomise: Randomise) -> None:
+    model = randomise(Net()).double().eval().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
+    teacher = gpd_fx.expand(model, 2.0, (images(),)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  likewise
+    agree(model, teacher, images(3).to(memory_format=torch.channels_last))
 
 
 def test_dropout_and_stochastic_depth(randomise: Randomise) -> None:
