@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.zoo, pytest.mark.slow]
 )
 def test_a_model_is_expanded_exactly_and_nearly_wholly(name: str, ratio: float) -> None:
     build = builder(name)
-    record = check(name, build, inputs_for(build().double()), ratios=[ratio, 2.0], step=ratio == 2.0, onnx=False)
+    record = check(name, build, inputs_for(build().double()), ratios=[ratio], onnx=False)
     assert record.exact, record
     assert record.coverage >= 0.99
-    assert record.factor > 2.5
+    assert record.factor > 1.7
