@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from gpd_fx.analysis import analyse, names_of
+from gpd_fx.analysis import Analysis, analyse, names_of
 from gpd_fx.branches import resolve_branches
 from gpd_fx.capture import capture_skeleton, shallow_copy, try_call
 from gpd_fx.composition import Composition, Tree, grow
@@ -32,18 +32,29 @@ MODES = ("eval", "train")
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A planned expansion, before any wide tensor exists."""
+class Study:
+    """A model captured in both modes and analysed. It serves any number of drafts, of any ratios."""
 
     model: nn.Module
     skeleton: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     captures: dict[str, fx.GraphModule]
-    plan: Plan
-    graphs: dict[str, fx.GraphModule]
+    analysis: Analysis
     aliases: dict[str, str]
     parameters: dict[str, nn.Parameter]  # the student's, by canonical name, used by a graph or not
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A planned expansion, before any wide tensor exists."""
+
+    study: Study
+    ratio: Ratio
+    exclude: tuple[str, ...]
+    seed: int
+    plan: Plan
+    graphs: dict[str, fx.GraphModule]
 
 
 @torch.inference_mode(mode=False)  # or the teacher's parameters could not be trained
@@ -83,45 +94,54 @@ def expand(
         CaptureError: `torch.export` cannot capture the model.
         VerificationError: the result differs from the model; nothing wrong is ever returned.
     """
+    _check_arguments(ratio, exclude)
     resolve_branches(branches)
-    draft = make_draft(model, ratio, example_inputs, example_kwargs, exclude, seed)
-    plan, parameters = draft.plan, draft.parameters
+    draft = make_draft(study_model(model, example_inputs, example_kwargs), ratio, exclude, seed)
+    return make_teacher(draft, branches, verify=verify)
+
+
+def make_teacher(
+    draft: Draft, branches: str | Sequence[str] | None = "orepa", *, verify: bool = True
+) -> DynamicTeacher:
+    """The dynamic teacher of a draft. It takes over the skeleton of the draft's study."""
+    study, plan, parameters = draft.study, draft.plan, draft.study.parameters
     plans = [plan.tensors.get(name) or ParamPlan.identity(name, p.shape) for name, p in parameters.items()]
     trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    composition = Composition(plans, parameters, trainable, branches, seed)
+    report = make_report(draft)
+    if not plan.widening.copies and draft.ratio != 1:
+        warnings.warn(f"nothing in {type(study.model).__name__} widens; see report()", GPDWarning, stacklevel=3)
+        report = replace(report, notes=(*report.notes, "nothing widens: the dynamic teacher has the student's width"))
+    if verify:
+        report = replace(report, max_error=check_expansion(plan, study.captures, draft.graphs, draft))
+    composition = Composition(plans, parameters, trainable, branches, draft.seed)
     report = replace(
-        make_report(draft, ratio),
+        report,
         branch_parameters=sum(p.numel() for p in composition.branches.parameters()),
         branches={name: composition.branch_names(name) for name in parameters if composition.branch_names(name)},
         skipped=composition.skipped,
     )
-    if not plan.widening.copies and ratio != 1:
-        warnings.warn(f"nothing in {type(model).__name__} widens; see report()", GPDWarning, stacklevel=2)
-        report = replace(report, notes=(*report.notes, "nothing widens: the dynamic teacher has the student's width"))
-    if verify:
-        report = replace(report, max_error=check_expansion(plan, draft.captures, draft.graphs, draft))
     wide_buffers = _wide_buffers(draft)
-    drop_parameters(draft.skeleton)  # they move, save and count nowhere but in the composition
+    drop_parameters(study.skeleton)  # they move, save and count nowhere but in the composition
     recipe = {
-        "ratio": dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
+        "ratio": dict(draft.ratio) if isinstance(draft.ratio, Mapping) else float(draft.ratio),
         "branches": branches if branches is None or isinstance(branches, str) else list(branches),
-        "exclude": list(exclude),
-        "seed": seed,
+        "exclude": list(draft.exclude),
+        "seed": draft.seed,
     }
     teacher = DynamicTeacher(
-        draft.skeleton,
+        study.skeleton,
         draft.graphs,
         composition,
         wide_buffers,
-        draft.aliases,
+        study.aliases,
         trainable,
         recipe,
-        (draft.args, draft.kwargs),
+        (study.args, study.kwargs),
         report,
     )
     if verify:
-        check_teacher(teacher, model)
-    return teacher.train(model.training)
+        check_teacher(teacher, study.model)
+    return teacher.train(study.model.training)
 
 
 def inspect_model(
@@ -136,21 +156,22 @@ def inspect_model(
 
     Takes the arguments of `expand` and raises what it raises, verification apart. Branches are not counted.
     """
-    return make_report(make_draft(model, ratio, example_inputs, example_kwargs, exclude, 0), ratio)
+    _check_arguments(ratio, exclude)
+    return make_report(make_draft(study_model(model, example_inputs, example_kwargs), ratio, exclude))
 
 
-def make_draft(
-    model: nn.Module,
-    ratio: Ratio,
-    example_inputs: Sequence[Any] | None,
-    example_kwargs: Mapping[str, Any] | None,
-    exclude: Sequence[str],
-    seed: int,
-) -> Draft:
-    """Check the arguments, capture both modes, plan, and rewrite the graphs."""
+def _check_arguments(ratio: Ratio, exclude: Sequence[str]) -> None:
     check_ratio(ratio)
     if isinstance(exclude, str):
         raise ArgumentError(f"exclude is the string {exclude!r}; pass a list of globs, such as [{exclude!r}]")
+
+
+def study_model(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Study:
+    """Check a model and its inputs, capture both modes, and analyse their axes."""
     if isinstance(model, DynamicTeacher):
         raise ArgumentError("the model is a dynamic teacher already; fold it first, or expand the student")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
@@ -170,25 +191,31 @@ def make_draft(
     captures = {mode: capture_skeleton(skeleton, args, kwargs, mode) for mode in MODES}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     aliases = names_of(named)
-    plan = make_plan(analyse(captures, aliases), ratio, exclude=exclude, seed=seed)
+    analysis = analyse(captures, aliases)
+    return Study(model, skeleton, args, kwargs, captures, analysis, aliases, dict(model.named_parameters()))
+
+
+def make_draft(study: Study, ratio: Ratio = 2.0, exclude: Sequence[str] = (), seed: int = 0) -> Draft:
+    """Plan the widening of a studied model, and rewrite its graphs."""
+    plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed)
 
     def constant(name: str, old: Tensor) -> Tensor | None:
         return None if name in plan.analysis.canonical else plan.tensors[name].widen(old)
 
     graphs = {mode: widen_graph(plan, mode, constant) for mode in MODES}
-    return Draft(model, skeleton, args, kwargs, captures, plan, graphs, aliases, dict(model.named_parameters()))
+    return Draft(study, ratio, tuple(exclude), seed, plan, graphs)
 
 
-def make_report(draft: Draft, ratio: Ratio) -> ExpansionReport:
+def make_report(draft: Draft) -> ExpansionReport:
     """The report of a draft, without branches."""
-    plan = draft.plan
-    sizes = {name: parameter.numel() for name, parameter in draft.parameters.items()}
+    plan, study, ratio = draft.plan, draft.study, draft.ratio
+    sizes = {name: parameter.numel() for name, parameter in study.parameters.items()}
     is_covered = covered(plan)
     wide = {n: prod(plan.tensors[n].wide_shape) if n in plan.tensors else size for n, size in sizes.items()}
     total = sum(sizes.values())
     student_flops, teacher_flops = network_flops(plan)
     return ExpansionReport(
-        model=type(draft.model).__name__,
+        model=type(study.model).__name__,
         ratio=dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
         groups=channel_groups(plan),
         frozen=frozen_axes(plan, {name: size for name, size in sizes.items() if name not in plan.tensors}),
@@ -214,8 +241,8 @@ def _check_values(model: nn.Module) -> None:
 def _wide_buffers(draft: Draft) -> Tree:
     """The teacher's own buffers: the model's, widened, as persistent as there."""
     tree = Tree()
-    persistent = set(draft.model.state_dict(keep_vars=True))
-    for name, buffer in draft.model.named_buffers():
+    persistent = set(draft.study.model.state_dict(keep_vars=True))
+    for name, buffer in draft.study.model.named_buffers():
         if name in draft.plan.tensors:
             *path, leaf = name.split(".")
             wide = draft.plan.tensors[name].widen(buffer.detach()).clone()

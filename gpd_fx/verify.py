@@ -215,7 +215,7 @@ def _inputs(
     capture: fx.GraphModule, tensors: Mapping[str, Tensor], draft: Draft, generator: torch.Generator
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Random inputs in float64, with another batch than the example's where the capture left it open."""
-    example = (draft.args, draft.kwargs)
+    example = (draft.study.args, draft.study.kwargs)
     inputs = random_like(example, generator, torch.float64, _other_batches(capture, example))
     try:
         _run(capture, tensors, inputs)
@@ -371,12 +371,13 @@ def _final(wide: fx.GraphModule, name: str, names: Mapping[str, Any]) -> str:
 
 def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Generator) -> float:
     """The module itself against its capture, in eval mode."""
-    module = copy.deepcopy(draft.skeleton, {id(p): p for p in draft.model.parameters()}).eval()
+    module = copy.deepcopy(draft.study.skeleton, {id(p): p for p in draft.study.model.parameters()}).eval()
     graph = _copy_graph(capture)
     if is_random(capture):
         return 0.0
     deterministic(graph)
-    named = [*draft.model.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    model = draft.study.model
+    named = [*model.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     tensors = {name: _exact(t.detach()) for name, t in named}
     used = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
     read = {name: t for name, t in tensors.items() if name in used}
@@ -388,7 +389,7 @@ def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Gener
     error = relative_error(expected, _run(graph, read, inputs))
     if error > _CAST_TOLERANCE:
         raise VerificationError(
-            f"torch.export's capture of {type(draft.model).__name__} differs from the module by {error:.1e} of its "
+            f"torch.export's capture of {type(model).__name__} differs from the module by {error:.1e} of its "
             "output in eval mode; the module does something that capture cannot see (state outside parameters and "
             "buffers, or Python branches on values)"
         )
