@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.zoo.check import check
-from bench.zoo.models import builder, inputs_for
+from bench.zoo.models import entry_of
 
 pytestmark = [pytest.mark.zoo, pytest.mark.slow]
 
@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.zoo, pytest.mark.slow]
     ],
 )
 def test_a_model_is_expanded_exactly_and_nearly_wholly(name: str, ratio: float) -> None:
-    build = builder(name)
-    record = check(name, build, inputs_for(build().double()), ratios=[ratio], onnx=False)
+    entry = entry_of(name)
+    record = check(name, entry.build, entry.inputs(), ratios=[ratio], onnx=False)
     assert record.exact, record
     assert record.coverage >= 0.99
     assert record.factor > 1.7

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.zoo.entry import Entry, Inputs
 from gpd_fx.fakes import fake_call
 from gpd_fx.models import resolve
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 SIDES = (64, 96, 128, 224, 256, 384)
 
 CORE = (
@@ -38,18 +38,58 @@ CORE = (
     "timm:repvgg_a0",
 )
 
-GROUPS: dict[str, Callable[[], tuple[str, ...]]] = {"core": lambda: CORE}
+
+def entry_of(name: str) -> Entry:
+    """How the model of a sweep's name is built, and its inputs.
+
+    A name is `own:NAME`, `hf:NAME`, `torchvision:NAME`, `timm:NAME` or anything else that `gpd_fx.models` resolves.
+    """
+    from bench.zoo import handwritten, huggingface, torchvision_models
+
+    listed = handwritten.MODELS | huggingface.MODELS | torchvision_models.MODELS
+    return (
+        listed[name] if name in listed else Entry(lambda: _resolve(name), lambda: inputs_for(_resolve(name).double()))
+    )
 
 
-def builder(name: str) -> Callable[[], nn.Module]:
-    """A function that builds the model anew, with random weights."""
+def _resolve(name: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some models warn about their own default initialisation
+        return resolve(name)
 
-    def build() -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some models warn about their own default initialisation
-            return resolve(name)
 
-    return build
+def _own() -> tuple[str, ...]:
+    from bench.zoo.handwritten import MODELS
+
+    return tuple(MODELS)
+
+
+def _hugging_face() -> tuple[str, ...]:
+    from bench.zoo.huggingface import MODELS
+
+    return tuple(MODELS)
+
+
+def _torchvision() -> tuple[str, ...]:
+    from bench.zoo.torchvision_models import MODELS, classification
+
+    return (*classification(), *MODELS)
+
+
+def _timm() -> tuple[str, ...]:
+    from bench.zoo.timm_models import names
+
+    return tuple(f"timm:{name}" for name in names())
+
+
+GROUPS: dict[str, Callable[[], tuple[str, ...]]] = {
+    "core": lambda: CORE,
+    "own": _own,
+    "hf": _hugging_face,
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "all": lambda: tuple(dict.fromkeys(n for group in (_own, _hugging_face, _torchvision, _timm) for n in group())),
+}
 
 
 def inputs_for(model: nn.Module, dtype: torch.dtype = torch.float64) -> Inputs:
