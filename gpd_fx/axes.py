@@ -33,7 +33,7 @@ from torch import Tensor
 class Atom:
     """An extent of at least two elements that may be widened. Identity is what matters."""
 
-    __slots__ = ("definition", "label", "reason", "resolved", "size")
+    __slots__ = ("definition", "joined", "label", "reason", "resolved", "size", "step")
 
     def __init__(self, size: int, label: str) -> None:
         self.size = size
@@ -41,6 +41,8 @@ class Atom:
         self.definition: Expr | None = None  # as it was first refined; the chain tells the story to the report
         self.resolved: Expr | None = None  # the same, path-compressed
         self.reason: Reason | None = None  # why it is frozen
+        self.joined: Reason | None = None  # where it was first refined
+        self.step = 0  # when: how many refinements there were by then
 
     def __repr__(self) -> str:
         return f"{self.label}:{self.size}"
@@ -161,6 +163,37 @@ def reasons(atom: Atom) -> Iterator[Reason]:
         yield from reasons(part)
 
 
+def joint(a: Expr, b: Expr, atom: Atom) -> Atom | None:
+    """The atom whose refinement gave two axes, as they were at first, `atom` in common; None if they always had it.
+
+    Refinements are the links of a forest. The last of those that lead from either axis to where they first meet is
+    the one that joined them.
+    """
+    way, other = _way(a, atom), _way(b, atom)
+    met = set(way).intersection(other)
+    before = [one for one in (*way, *other) if one not in met]
+    return max(before, key=lambda one: one.step, default=None)
+
+
+def _way(expr: Expr, atom: Atom) -> list[Atom]:
+    """The atoms that a refinement of `expr` passes until it comes to `atom`, that one included; else none."""
+    came_from: dict[Atom, Atom | None] = dict.fromkeys(atoms(expr))
+    waiting = list(came_from)
+    for head in waiting:  # grows
+        if head is atom:
+            break
+        for part in atoms(head.definition or ()):
+            if part not in came_from:
+                came_from[part] = head
+                waiting.append(part)
+    way: list[Atom] = []
+    step = atom if atom in came_from else None
+    while step is not None:
+        way.append(step)
+        step = came_from[step]
+    return way
+
+
 class AxisSolver:
     """Holds what is known of all atoms, and learns more. `version` grows with each new fact."""
 
@@ -195,6 +228,7 @@ class AxisSolver:
     def _define(self, atom: Atom, expr: Expr) -> None:
         atom.definition = atom.resolved = expr
         self.version += 1
+        atom.joined, atom.step = self._why, self.version
 
     def freeze(self, expr: Expr, reason: Reason | None = None) -> Expr:
         """Freeze every atom of `expr`; returns the frozen axis."""

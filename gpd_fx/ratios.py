@@ -14,10 +14,9 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from gpd_fx.analysis import Analysis
-from gpd_fx.axes import Atom, Reason, atoms, parts
+from gpd_fx.axes import Atom, Expr, Reason, atoms, parts, reasons, size
 from gpd_fx.errors import ArgumentError
-from gpd_fx.rules.effects import Contract
-from gpd_fx.rules.site import bind
+from gpd_fx.ties import Dim, Ties
 
 Ratio: TypeAlias = float | Mapping[str, float]
 
@@ -68,22 +67,27 @@ def choose_ratios(
     """
     check_ratio(ratio)
     result = Ratios(held=held)
-    names = _Names(analysis)
-    for glob in exclude:
-        for name in names.matching(glob, "exclude"):
-            for axis in analysis.tensors.get(name, ()):
-                for atom in atoms(analysis.solver.resolve(axis)):
-                    held.setdefault(atom, Reason("exclude", name, f"the glob {glob!r} excludes it"))
-    wanted = _wanted(analysis, ratio, names, result.notes)
+    names, ties = _Names(analysis), Ties(analysis)
+    _exclude(analysis, exclude, names, ties, free, result)
+    asked = _asked(ratio, names, ties)
     for atom in free:
-        value = float(ratio) if not isinstance(ratio, Mapping) else wanted.get(atom, 1.0)
         if atom in held:
             continue
+        value = max((ask.ratio for ask in asked.get(atom, ())), default=1.0)
+        value = value if isinstance(ratio, Mapping) else float(ratio)
         if value == 1.0:
-            held[atom] = Reason("ratio", atom.label, "its expansion ratio is 1")
+            held[atom] = Reason("ratio", ties.name(atom), "its expansion ratio is 1")
         else:
             result.of[atom] = value
-    _equalise(analysis, result)
+            result.notes += _differences(ties, atom, asked.get(atom, ()))
+    _equalise(analysis, ties, result)
+    for atom, value in list(result.of.items()):
+        if round(atom.size * value) == atom.size:
+            del result.of[atom]
+            text = f"its expansion ratio is {value:g}: {atom.size} channels stay {atom.size}"
+            held[atom] = Reason("ratio", ties.name(atom), text)
+    if isinstance(ratio, Mapping):
+        result.notes += _idle(analysis, ratio, names, ties, asked, result)
     return result
 
 
@@ -109,46 +113,130 @@ class _Names:
         return found
 
 
-def _wanted(analysis: Analysis, ratio: Ratio, names: _Names, notes: list[str]) -> dict[Atom, float]:
-    """The largest ratio that is asked of each atom; says where two askings differ."""
+def _exclude(
+    analysis: Analysis, exclude: Sequence[str], names: _Names, ties: Ties, free: Sequence[Atom], result: Ratios
+) -> None:
+    """Hold the channels of excluded parameters; says which other parameters that holds too."""
+    by: dict[str, str] = {}  # parameter -> the first glob that excludes it
+    for glob in exclude:
+        for name in names.matching(glob, "exclude"):
+            by.setdefault(name, glob)
+            for axis in analysis.tensors.get(name, ()):
+                for atom in atoms(analysis.solver.resolve(axis)):
+                    result.held.setdefault(atom, Reason("exclude", name, f"the glob {glob!r} excludes it"))
+    for atom in free if by else ():
+        dims = ties.dims.get(atom, ())
+        cause = [dim for dim in dims if dim.parameter in by]
+        others = [dim for dim in dims if dim.parameter not in by and dim.makes]
+        if cause and others:
+            dim, where = ties.nearest(cause, others[0], atom)
+            what = f"{ties.channels(others[0], atom)} of {others[0]}"
+            result.notes.append(
+                f"{what} stay as they are, because {where} makes them the same as those of {dim}, which "
+                f"{by[dim.parameter]!r} excludes{_with_them(others[1:])}"
+            )
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What is asked of a dimension that makes channels; no glob matches where `glob` is None."""
+
+    dim: Dim
+    ratio: float
+    glob: str | None
+
+
+def _asked(ratio: Ratio, names: _Names, ties: Ties) -> dict[Atom, list[_Ask]]:
+    """Every ratio that a mapping asks of each atom."""
     if not isinstance(ratio, Mapping):
         return {}
     for glob in ratio:
         names.matching(glob, "ratio")
-    contracted = _contracted(analysis)
-    asked: dict[Atom, dict[float, str]] = {}
-    for name in analysis.parameters:
-        matches = [value for glob, value in ratio.items() if names.matches(name, glob)]
-        for dim, axis in enumerate(analysis.tensors[name]):
-            if (name, dim) not in contracted:
-                for atom in atoms(analysis.solver.resolve(axis)):
-                    asked.setdefault(atom, {}).setdefault(float(matches[-1]) if matches else 1.0, name)
-    for atom, values in asked.items():
-        if len(values) > 1:
-            by = ", ".join(f"{name} asks for {value:g}" for value, name in sorted(values.items()))
-            notes.append(f"{by}, but these are the same {atom.size} channels; they get {max(values):g}")
-    return {atom: max(values) for atom, values in asked.items()}
+    asked: dict[Atom, list[_Ask]] = {}
+    last: dict[str, str | None] = {}
+    for atom in ties.dims:
+        for dim in ties.makers(atom):
+            if dim.parameter not in last:
+                matches = [glob for glob in ratio if names.matches(dim.parameter, glob)]
+                last[dim.parameter] = matches[-1] if matches else None
+            glob = last[dim.parameter]
+            asked.setdefault(atom, []).append(_Ask(dim, 1.0 if glob is None else float(ratio[glob]), glob))
+    return asked
 
 
-def _contracted(analysis: Analysis) -> set[tuple[str, int]]:
-    """Parameter dimensions that some op contracts."""
-    found: set[tuple[str, int]] = set()
-    for key, facts in analysis.graphs.items():
-        for node, effects in facts.effects.items():
-            for effect in effects:
-                if isinstance(effect, Contract) and "." not in effect.arg:
-                    operand = bind(node)[effect.arg]
-                    if operand.op == "get_attr":
-                        name = analysis.tensor_name(key, operand)
-                        found.update((name, d) for d, dim in enumerate(effect.dims) if any(hit for _, hit in dim))
-    return found
+def _differences(ties: Ties, atom: Atom, asks: Sequence[_Ask]) -> list[str]:
+    """One line for each asking that gives way to a larger one for the same channels."""
+    most = max((ask.ratio for ask in asks), default=1.0)
+    winners = {ask.dim: ask for ask in asks if ask.ratio == most}
+    losers: dict[tuple[float, str | None], list[Dim]] = {}
+    for ask in asks:
+        if ask.ratio != most:
+            losers.setdefault((ask.ratio, ask.glob), []).append(ask.dim)
+    lines: list[str] = []
+    for (value, glob), dims in losers.items():
+        dim, where = ties.nearest(list(winners), dims[0], atom)
+        asked = f"{glob!r} asks {value:g} of" if glob is not None else "no glob matches"
+        what = f"{ties.channels(dims[0], atom)} of {dims[0]}"
+        lines.append(
+            f"{what} get ratio {most:g}, because {where} makes them the same as those of {dim}, of which "
+            f"{winners[dim].glob!r} asks {most:g}; {asked} {dims[0]}{_with_them(dims[1:])}"
+        )
+    return lines
 
 
-def _equalise(analysis: Analysis, result: Ratios) -> None:
+def _with_them(dims: Sequence[Dim], limit: int = 3) -> str:
+    if not dims:
+        return ""
+    more = f" and {len(dims) - limit} more" if len(dims) > limit else ""
+    return f" (likewise {', '.join(map(str, dims[:limit]))}{more})"
+
+
+def _idle(
+    analysis: Analysis,
+    ratio: Mapping[str, float],
+    names: _Names,
+    ties: Ties,
+    asked: Mapping[Atom, list[_Ask]],
+    result: Ratios,
+) -> list[str]:
+    """One line for each glob that asks for more width and changes nothing."""
+    lines: list[str] = []
+    order = list(ratio)
+    for place, glob in enumerate(order):
+        matched = [name for name in names.matching(glob, "ratio") if name in analysis.parameters]
+        over = {name: [g for g in order[place + 1 :] if names.matches(name, g)] for name in matched}
+        if matched and all(over.values()):
+            by = ", ".join(map(repr, dict.fromkeys(globs[-1] for globs in over.values())))
+            lines.append(
+                f"the ratio {ratio[glob]:g} of {glob!r} is never used: of the globs that match a name the last "
+                f"counts, and {by} behind it match all that it matches"
+            )
+            continue
+        if ratio[glob] == 1 or any(
+            atom in result.of and ask.glob == glob for atom, asks in asked.items() for ask in asks
+        ):
+            continue
+        why = next((line for name in matched for line in _stays(analysis, ties, name, result)), "")
+        lines.append(f"the ratio {ratio[glob]:g} of {glob!r} widens nothing{why}")
+    return lines
+
+
+def _stays(analysis: Analysis, ties: Ties, name: str, result: Ratios) -> list[str]:
+    """Why dimensions of a parameter that make channels stay as they are."""
+    lines: list[str] = []
+    for d, axis in enumerate(analysis.tensors[name]):
+        if (name, d) not in ties.contracted:
+            held = [result.held[atom] for atom in atoms(analysis.solver.resolve(axis)) if atom in result.held]
+            known = [*held, *(reason for atom in atoms(axis) for reason in reasons(atom) if not reason.natural)]
+            lines += [f": {name}[{d}] stays as it is, because {r.text} ({r.op} at {r.node})" for r in known[:1]]
+    return lines
+
+
+def _equalise(analysis: Analysis, ties: Ties, result: Ratios) -> None:
     """Meet the equal-multiplicity constraints."""
     ratios = result.of
     constraints = [(parts(analysis.solver.resolve(axis)), reason) for axis, reason in analysis.equal]
-    raised: dict[Atom, tuple[float, Reason]] = {}
+    raised: dict[Atom, tuple[float, str]] = {}
     changed = True
     while changed:
         changed = False
@@ -157,21 +245,31 @@ def _equalise(analysis: Analysis, result: Ratios) -> None:
             flat = dict.fromkeys(atom for member in members for atom in member)
             if not flat:
                 continue
-            whole = float(max(math.ceil(ratios[atom]) for atom in flat))
+            widest = max(flat, key=lambda atom: ratios[atom])
+            whole = float(math.ceil(ratios[widest]))
             if all(members) and all(ratios[atom] == whole for atom in flat):
                 continue
             changed = True
+            width = ratios[widest]
             for atom in flat:
-                if all(members):
-                    raised.setdefault(atom, (ratios[atom], reason))
-                    ratios[atom] = whole
-                else:
+                if not all(members):
                     del ratios[atom]
-                    text = f"{reason.text}, and part of that axis cannot widen"
+                    rest = next(part for part, member in zip(group, members, strict=True) if not member)
+                    text = f"{reason.text}, and part of that axis cannot widen{_rest(ties, rest, result)}"
                     result.held[atom] = Reason(reason.op, reason.node, text)
-    for atom, (before, reason) in raised.items():
+                elif ratios[atom] != whole:
+                    beside = f" and those of {ties.name(widest)}, which have ratio {width:g}"
+                    over = "them" + beside * (math.ceil(ratios[atom]) != whole)
+                    why = f"{reason.op} at node {reason.node} takes statistics over {over}: it needs one whole ratio"
+                    raised[atom] = raised[atom][0] if atom in raised else ratios[atom], why
+                    ratios[atom] = whole
+    for atom, (before, why) in raised.items():
         if atom in ratios:
-            result.notes.append(
-                f"the {atom.size} channels of {atom.label} get ratio {ratios[atom]:g} instead of {before:g}, because "
-                f"{reason.text} (node {reason.node})"
-            )
+            channels, value = f"{atom.size} channels of {ties.name(atom)}", ratios[atom]
+            result.notes.append(f"the {channels} get ratio {value:g} instead of {before:g}, because {why}")
+
+
+def _rest(ties: Ties, part: Expr, result: Ratios) -> str:
+    """What holds a part of an axis that does not widen, where that is known."""
+    held = [atom for atom in atoms(part) if atom in result.held]
+    return f" ({ties.name(held[0])}: {result.held[held[0]].text})" if held else f" ({size(part)} of its elements)"

@@ -26,6 +26,7 @@ from gpd_fx.axes import (
     concat,
     frozen,
     is_frozen,
+    joint,
     parts,
     product,
     reasons,
@@ -412,6 +413,44 @@ def test_meeting_a_frozen_axis_is_the_reason(solver: AxisSolver) -> None:
     assert [(reason.op, reason.text) for reason in reasons(atom)] == [
         ("aten.add", "it meets an axis that stays as it is")
     ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_what_joined_two_atoms_is_remembered(pairs: list[tuple[int, int]]) -> None:
+    solver = AxisSolver()
+    axes = [solver.fresh(6, f"{k}") for k in range(10)]
+    sets = [{k} for k in range(10)]  # the same, by plain sets
+    met: dict[frozenset[int], str] = {}
+    for step, (i, j) in enumerate(pairs):
+        solver.at(Reason("op", f"{step}", ""))
+        solver.unify(axes[i], axes[j])
+        if sets[i] is not sets[j]:
+            met |= {frozenset((a, b)): f"{step}" for a in sets[i] for b in sets[j]}
+            sets[i] |= sets[j]
+            for k in sets[j]:
+                sets[k] = sets[i]
+    for i in range(10):
+        for j in range(10):
+            if sets[i] is sets[j] and i != j:
+                (atom,) = atoms(solver.resolve(axes[i]))
+                link = joint(axes[i], axes[j], atom)
+                assert link is not None
+                assert link.joined is not None
+                assert link.joined.node == met[frozenset((i, j))]
+
+
+def test_what_joined_parts_is_remembered(solver: AxisSolver) -> None:
+    whole, other = solver.fresh(12, "whole"), solver.fresh(4, "other")
+    solver.at(Reason("op", "cut", ""))
+    head, _ = solver.cut(whole, 4)
+    solver.at(Reason("op", "join", ""))
+    solver.unify(head, other)
+    solver.at(Reason("op", "group", ""))
+    solver.split(other, 2)
+    for atom in atoms(solver.resolve(other)):
+        link = joint(whole, other, atom)
+        assert link is not None
+        assert link.joined == Reason("op", "join", "")
 
 
 def test_splitting_by_a_huge_number_takes_no_time(solver: AxisSolver) -> None:
