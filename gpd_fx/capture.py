@@ -26,6 +26,7 @@ from gpd_fx.errors import CaptureError, InputError
 from gpd_fx.fakes import fake_call
 from gpd_fx.inputs import prepare
 from gpd_fx.paths import graphs_of
+from gpd_fx.regions import inline_regions
 
 Mode = Literal["train", "eval"]
 _BATCH = torch.export.Dim.AUTO  # let the exporter find which leading dimensions vary, and together
@@ -126,7 +127,8 @@ def _at_least_two(tensor: Tensor) -> Tensor:
 
 def _clean(exported: fx.GraphModule) -> fx.GraphModule:
     """A plain GraphModule: the exporter's forbids `train()`, and its assertions would forbid a cast to float64."""
-    for module in graphs_of(exported):  # regions under autocast or without gradients are graphs of their own
+    inline_regions(exported)
+    for module in graphs_of(exported):  # what is left inside the graph, such as the branches of a condition
         for node in list(module.graph.nodes):
             unused = node.op == "get_attr" and not node.users
             if str(node.target) in _IGNORED or node.target == "_guards_fn" or unused:

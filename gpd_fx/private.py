@@ -93,3 +93,7 @@ def put_tensor(module: nn.Module, path: str, tensor: Tensor) -> None:
     vars(holder).pop(leaf, None)
     holder._parameters.pop(leaf, None)
     holder._buffers[leaf] = tensor
+
+
+enter_autocast = torch.amp.autocast_mode._enter_autocast
+exit_autocast = torch.amp.autocast_mode._exit_autocast

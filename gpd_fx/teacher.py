@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
 from gpd_fx.inputs import check_inputs
 from gpd_fx.paths import graphs_of, put
-from gpd_fx.private import copy_graph
+from gpd_fx.private import copy_graph, enter_autocast
+from gpd_fx.regions import has_autocast, restored_autocast
 from gpd_fx.report import ExpansionReport
 
 Role = Literal["teacher", "student", "both"]
@@ -61,6 +63,7 @@ class DynamicTeacher(nn.Module):
         self._report = report
         self._places = places_of(skeleton, aliases)
         self._recurrent = recurrent_layers(skeleton)
+        self._autocast = {key for key, graph in graphs.items() if has_autocast(graph)}
         feeds = {key: {str(n.target) for n in g.graph.find_nodes(op="get_attr")} for key, g in graphs.items()}
         self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
 
@@ -105,7 +108,9 @@ class DynamicTeacher(nn.Module):
             check_inputs(graph, args, kwargs)
         buffers = dict(self.wide_buffers.named_buffers())
         state = {t: tensors[name] if name in tensors else buffers[name] for t, name in self._feeds[key].items()}
-        return torch.func.functional_call(graph, state, args, kwargs, tie_weights=False)
+        framed = key in self._autocast and not torch.compiler.is_compiling()
+        with restored_autocast() if framed else contextlib.nullcontext():
+            return torch.func.functional_call(graph, state, args, kwargs, tie_weights=False)
 
     def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the student's module with composed tensors, by canonical name."""
@@ -176,8 +181,11 @@ def _rehome(graph: fx.GraphModule, moves: Mapping[Any, Any]) -> None:
     def move(value: Any) -> Any:
         return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
 
+    device = next((new.type for old, new in moves.items() if isinstance(old, torch.device)), None)
     for module in graphs_of(graph):
         for node in module.graph.nodes:
             node.args = pytree.tree_map(move, node.args)
+            if node.target is enter_autocast:
+                node.args = (device, *node.args[1:])
             node.kwargs = pytree.tree_map(move, dict(node.kwargs))
         module.recompile()

@@ -26,7 +26,7 @@ from gpd_fx.errors import VerificationError
 from gpd_fx.passes.widen import EXACT
 from gpd_fx.paths import fetch, graphs_of
 from gpd_fx.plan import Plan
-from gpd_fx.private import OpOverload, copy_graph, flat_inputs, put_tensor
+from gpd_fx.private import OpOverload, copy_graph, enter_autocast, flat_inputs, put_tensor
 from gpd_fx.rules.site import bind, op_name
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def deterministic(graph: fx.GraphModule) -> str | None:
     modules = graphs_of(graph)
     for node in [node for module in modules for node in module.graph.nodes if node.op == "call_function"]:
         name = op_name(node.target)
-        if name == "wrap_with_autocast":  # device, dtype, enabled, ...
+        if node.target is enter_autocast:  # device, dtype, enabled, ...
             node.args = (*node.args[:2], False, *node.args[3:])
             continue
         node.args = pytree.tree_map(_upcast, node.args)
