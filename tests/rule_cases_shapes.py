@@ -9,8 +9,13 @@ import torch
 from tests.rule_harness import A, B, Build, Case, K, N, Node, W, X, case, chain
 
 
-def _on_complex(op: str) -> Callable[[Build, Node], Node]:
-    return lambda b, x: b(op, b("view_as_complex.default", x))
+def _on_complex(*ops: str) -> Callable[[Build, Node], Node]:
+    def make(b: Build, x: Node) -> Node:
+        for op in ("view_as_complex.default", *ops):
+            x = b(op, x)
+        return x
+
+    return make
 
 
 SHAPES: list[Case] = [
@@ -52,6 +57,7 @@ SHAPES: list[Case] = [
     case("mT.default", "abcd -> abdc", A(2, 2, 2, 2)),
     case("mH.default", "abc -> acb", A(2, 2, 2)),
     case("adjoint.default", "abc -> acb", A(2, 2, 2)),
+    case("matrix_H.default", "ab -> ba", A(2, 3)),
     case("movedim.int", "abcd -> bcad", A(2, 2, 2, 2), 0, 2),
     case("movedim.int", "abcd -> dabc", A(2, 2, 2, 2), -1, 0),
     case("movedim.intlist", "abcd -> cdab", A(2, 2, 2, 2), [0, 1], [-2, -1]),
@@ -170,6 +176,15 @@ ELEMENTWISE: list[Case] = [
     case("log_sigmoid.default", "ab -> ab", A(2, 3)),
     chain("real.default", "ab. -> ab", _on_complex("real.default"), A(2, 3, 2)),
     chain("imag.default", "ab. -> ab", _on_complex("imag.default"), A(2, 3, 2)),
+    chain("_conj.default", "ab. -> ab", _on_complex("_conj.default"), A(2, 3, 2)),
+    chain("resolve_conj.default", "ab. -> ab", _on_complex("_conj.default", "resolve_conj.default"), A(2, 3, 2)),
+    chain("resolve_neg.default", "ab. -> ab", _on_complex("resolve_neg.default"), A(2, 3, 2)),
+    case("complex.default", "ab, b -> ab", A(2, 3), A(3)),
+    case("polar.default", "ab, b -> ab", A(2, 3), A(3)),
+    case("__and__.Scalar", "ab -> ab", N(2, 3), 1),
+    case("__and__.Tensor", "ab, b -> ab", B(2, 3), B(3)),
+    case("__or__.Scalar", "ab -> ab", N(2, 3), 2),
+    case("__or__.Tensor", "ab, b -> ab", B(2, 3), B(3)),
     case("masked_fill.Tensor", "ab, ab,  -> ab", A(2, 3), B(2, 3), A()),
     case("masked_fill.Scalar", "ab, b -> ab", A(2, 3), B(3), 0.5),
     case("where.Scalar", "ab -> ab", B(2, 3), 1.0, 2.0),

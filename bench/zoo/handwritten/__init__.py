@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bench.zoo.entry import Entry
-from bench.zoo.handwritten import convs
+from bench.zoo.handwritten import attention, convs, misc, norms, recurrent, shapes
 
-MODELS: dict[str, Entry] = {f"own:{name}": entry for models in (convs.MODELS,) for name, entry in models.items()}
+_FILES = (convs.MODELS, attention.MODELS, norms.MODELS, shapes.MODELS, recurrent.MODELS, misc.MODELS)
+
+MODELS: dict[str, Entry] = {f"own:{name}": entry for models in _FILES for name, entry in models.items()}
