@@ -21,6 +21,7 @@ from gpd_fx.errors import ArgumentError, GPDWarning, InputError
 from gpd_fx.inputs import prepare
 from gpd_fx.layout import ParamPlan
 from gpd_fx.passes.widen import widen_graph
+from gpd_fx.pictures import trace
 from gpd_fx.plan import Plan, make_plan
 from gpd_fx.private import drop_parameters
 from gpd_fx.ratios import Ratio, check_ratio
@@ -214,11 +215,12 @@ def make_report(draft: Draft) -> ExpansionReport:
     wide = {n: prod(plan.tensors[n].wide_shape) if n in plan.tensors else size for n, size in sizes.items()}
     total = sum(sizes.values())
     student_flops, teacher_flops = network_flops(plan)
+    frozen = frozen_axes(plan, {name: size for name, size in sizes.items() if name not in plan.tensors})
     return ExpansionReport(
         model=type(study.model).__name__,
         ratio=dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
         groups=channel_groups(plan),
-        frozen=frozen_axes(plan, {name: size for name, size in sizes.items() if name not in plan.tensors}),
+        frozen=frozen,
         coverage=sum(size for name, size in sizes.items() if is_covered.get(name)) / max(total, 1),
         student_parameters=total,
         teacher_parameters=sum(wide.values()),
@@ -226,6 +228,7 @@ def make_report(draft: Draft) -> ExpansionReport:
         student_flops=student_flops,
         teacher_flops=teacher_flops,
         notes=plan.notes,
+        graph=trace(plan, frozen),
     )
 
 

@@ -123,7 +123,7 @@ def _exclude(
             by.setdefault(name, glob)
             for axis in analysis.tensors.get(name, ()):
                 for atom in atoms(analysis.solver.resolve(axis)):
-                    result.held.setdefault(atom, Reason("exclude", name, f"the glob {glob!r} excludes it"))
+                    result.held.setdefault(atom, Reason("exclude", name, f"the glob {glob!r} excludes these channels"))
     for atom in free if by else ():
         dims = ties.dims.get(atom, ())
         cause = [dim for dim in dims if dim.parameter in by]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
 from gpd_fx.axes import Atom, Expr, Reason, atoms, reasons
 from gpd_fx.costs import group_costs
+from gpd_fx.pictures import Op, boxes
 from gpd_fx.plan import Plan
+from gpd_fx.spans import some
+from gpd_fx.svg import draw
+from gpd_fx.tables import markdown, text
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,40 @@ class ChannelGroup:
     parameters: tuple[str, ...]
     added_parameters: int = 0
     added_flops: int = 0
+
+    @property
+    def block(self) -> str:
+        """Path of the innermost module that has all of its parameters; empty for the model as a whole."""
+        paths = [name.split(".")[:-1] for name in self.parameters]
+        shared: list[str] = []
+        for level in zip(*paths, strict=False):
+            if len(set(level)) > 1:
+                break
+            shared.append(level[0])
+        return ".".join(shared)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The channel groups within one module and within none of its parts: those that cross the borders of its parts.
+
+    Attributes:
+        path: of the module; empty for the model as a whole.
+        groups: as in the report.
+    """
+
+    path: str
+    groups: tuple[ChannelGroup, ...]
+
+    @property
+    def added_parameters(self) -> int:
+        """The sum over its groups, in which a layer counts once for each of them that it has."""
+        return sum(group.added_parameters for group in self.groups)
+
+    @property
+    def added_flops(self) -> int:
+        """Likewise, for one sample."""
+        return sum(group.added_flops for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -69,6 +106,7 @@ class ExpansionReport:
         branches: parameter -> branches that it has.
         skipped: parameter -> branch -> why it does not fit.
         notes: what else there is to say.
+        graph: the ops of the model in eval mode, for `to_svg`.
     """
 
     model: str
@@ -85,80 +123,60 @@ class ExpansionReport:
     branches: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
     skipped: dict[str, dict[str, str]] = field(default_factory=dict[str, "dict[str, str]"])
     notes: tuple[str, ...] = ()
+    graph: tuple[Op, ...] = field(default=(), repr=False)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The channel groups by the block that they lie in, in order of the blocks' first groups."""
+        found: dict[str, list[ChannelGroup]] = {}
+        for group in self.groups:
+            found.setdefault(group.block, []).append(group)
+        return tuple(Block(path, tuple(groups)) for path, groups in found.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in it, ready for JSON."""
-        return asdict(self)
+        """Everything in it but the graph, ready for JSON."""
+        data: dict[str, Any] = _lists(asdict(replace(self, graph=())))
+        del data["graph"]
+        for group, entry in zip(self.groups, data["groups"], strict=True):
+            entry["block"] = group.block
+        data["blocks"] = [
+            {
+                "path": block.path,
+                "groups": [group.name for group in block.groups],
+                "added_parameters": block.added_parameters,
+                "added_flops": block.added_flops,
+            }
+            for block in self.blocks()
+        ]
+        return data
+
+    def to_markdown(self) -> str:
+        """The report as a Markdown page."""
+        return markdown(self)
+
+    def to_svg(self, depth: int | None = None) -> str:
+        """A picture of the graph: what is widened, what is frozen and why, as the text of an SVG file.
+
+        Args:
+            depth: how many levels of modules to open; beyond the deepest every op is drawn by itself. None opens as
+                many as can be read on one page.
+        """
+        ratio = self.ratio if isinstance(self.ratio, Mapping) else f"{self.ratio:g}"
+        factor = self.teacher_parameters / max(self.student_parameters, 1)
+        about = (
+            f"coverage {self.coverage:.4f}; {self.student_parameters:,} parameters become {self.teacher_parameters:,} "
+            f"(x{factor:.2f}), branches apart; eval mode"
+        )
+        return draw(boxes(self.graph, depth), f"{self.model}, ratio {ratio}", about)
 
     def __str__(self) -> str:
-        teacher = self.teacher_parameters + self.branch_parameters
-        lines = [
-            f"Expansion of {self.model}, ratio {self.ratio}",
-            "",
-            f"{'':14}{'student':>16}{'dynamic teacher':>18}{'factor':>9}",
-            f"{'parameters':14}{self.student_parameters:>16,}{teacher:>18,}"
-            f"{_factor(teacher, self.student_parameters):>9}",
-            f"{'  of branches':14}{'':>16}{self.branch_parameters:>18,}",
-            f"{'FLOPs a sample':14}{self.student_flops:>16,}{self.teacher_flops:>18,}"
-            f"{_factor(self.teacher_flops, self.student_flops):>9}",
-            "",
-            f"coverage {self.coverage:.4f} of the student's parameters lie on a widened axis",
-            "verification " + (f"max relative error {self.max_error:.1e}" if self.max_error is not None else "not run"),
-        ]
-        if self.groups:
-            lines += ["", f"{len(self.groups)} widened channel groups; alike ones of several blocks share a line"]
-            lines += [f"  {'channels':>16}{'groups':>8}{'parameters':>14}{'FLOPs':>18}  first met in"]
-            for alike in _alike(self.groups):
-                channels = f"{alike[0].channels} -> {alike[0].wide}"
-                added, work = sum(g.added_parameters for g in alike), sum(g.added_flops for g in alike)
-                name = alike[0].name if len(alike) == 1 else _pattern(alike[0].name)
-                lines.append(f"  {channels:>16}{len(alike):>8}{f'+{added:,}':>14}{f'+{work:,}':>18}  {name}")
-        if self.frozen:
-            lines += ["", "not widened"]
-            lines += [f"  {'unwidened parameters':>20}  op, node and reason"]
-            for alike in _alike_frozen(self.frozen):
-                first, more = alike[0], f" and {len(alike) - 1} nodes like it" if len(alike) > 1 else ""
-                lines.append(f"  {sum(e.cost for e in alike):>20,}  {first.op} at {first.node}{more}: {first.reason}")
-                lines.append(f"  {'':>20}    {_some([name for entry in alike for name in entry.channels])}")
-        left_out: dict[tuple[str, str], list[str]] = {}
-        for name, kinds in self.skipped.items():
-            for kind, reason in kinds.items():
-                left_out.setdefault((kind, reason), []).append(name)
-        if left_out:
-            lines += ["", "branches left out"]
-            lines += [f"  {kind}: {reason} ({_some(names)})" for (kind, reason), names in left_out.items()]
-        return "\n".join([*lines, *(f"\nnote: {note}" for note in self.notes)])
+        return text(self)
 
 
-def _pattern(name: str) -> str:
-    """A parameter's name with every number but the dimension behind it left open."""
-    path, bracket, dimension = name.partition("[")
-    return re.sub(r"\d+", "*", path) + bracket + dimension
-
-
-def _alike(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
-    """Groups of one width in blocks that differ by number only."""
-    found: dict[tuple[str, int, int], list[ChannelGroup]] = {}
-    for group in groups:
-        found.setdefault((_pattern(group.name), group.channels, group.wide), []).append(group)
-    return list(found.values())
-
-
-def _alike_frozen(entries: Sequence[FrozenAxis]) -> list[list[FrozenAxis]]:
-    """Entries of one op and reason, numbers in it apart."""
-    found: dict[tuple[str, str], list[FrozenAxis]] = {}
-    for entry in entries:
-        found.setdefault((entry.op, re.sub(r"\d+", "*", entry.reason)), []).append(entry)
-    return list(found.values())
-
-
-def _factor(big: int, small: int) -> str:
-    return f"x{big / small:.2f}" if small else "-"
-
-
-def _some(names: tuple[str, ...] | list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _lists(value: Any) -> Any:
+    """The same value as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def channel_groups(plan: Plan) -> tuple[ChannelGroup, ...]:
@@ -218,4 +236,4 @@ def frozen_axes(plan: Plan, unused: Mapping[str, int] | None = None) -> tuple[Fr
 
 def frozen_notes(plan: Plan) -> tuple[str, ...]:
     """One line for each reason why channels stay."""
-    return tuple(f"{e.op} at {e.node}: {e.reason} ({_some(e.channels)})" for e in frozen_axes(plan))
+    return tuple(f"{e.op} at {e.node}: {e.reason} ({some(e.channels)})" for e in frozen_axes(plan))

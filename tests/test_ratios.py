@@ -126,7 +126,7 @@ def test_statistics_over_a_part_that_stays_hold_the_rest() -> None:
     (entry,) = (entry for entry in report.frozen if entry.op == "aten.layer_norm.default")
     assert entry.reason == (
         "aten.layer_norm.default takes statistics over it, and part of that axis cannot widen (left.weight[0]: the "
-        "glob 'left.*' excludes it)"
+        "glob 'left.*' excludes these channels)"
     )
     assert "right.weight[0]" in entry.channels
 
