@@ -137,6 +137,8 @@ def deterministic(graph: fx.GraphModule) -> str | None:
                 node.args = (*node.args[:4], 0.0, *node.args[5:])
         elif name.startswith("aten.rrelu"):
             node.args = (*node.args[:3], False)
+        elif name.endswith((".input", ".data")) and "dropout" in (given := bind(node)):  # recurrent layers
+            node.args, node.kwargs = tuple((given | {"dropout": 0.0}).values()), {}
         elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             stubborn = name
     for module in modules:
@@ -150,7 +152,8 @@ def is_random(graph: fx.GraphModule) -> bool:
         random = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
         if random or op_name(node.target).startswith("aten.rrelu"):
             args = bind(node)
-            if not (args.get("p", args.get("dropout_p")) == 0 or False in (args.get("train"), args.get("training"))):
+            share = args.get("p", args.get("dropout_p", args.get("dropout")))
+            if not (share == 0 or False in (args.get("train"), args.get("training"))):
                 return True
     return False
 

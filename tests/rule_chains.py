@@ -194,10 +194,10 @@ def _nested_cat(b: Build, x: Node, y: Node, z: Node) -> Node:
 
 
 STRUCTURE: list[Case] = [
-    chain("groups frozen", "nc.., oi.. -> no..", _through_groups(2, "roll.default"), A(2, 6, 2, 2), W(4, 3, 1, 1)),
-    chain("groups free", "nc.., o... -> no..", _through_groups(2, "relu.default"), A(2, 6, 2, 2), W(4, 3, 1, 1)),
-    chain("channel shuffle of equal parts", "nc., nc., oe. -> nd., no.", _shuffle, A(2, 4, 3), A(2, 4, 3), W(5, 4, 1)),
-    chain("channel shuffle of uneven parts", "na., nb., oc. -> nd., no.", _shuffle, A(2, 6, 3), A(2, 2, 3), W(5, 4, 1)),
+    chain("groups frozen", "nchw, oi.. -> nohw", _through_groups(2, "roll.default"), A(2, 6, 2, 2), W(4, 3, 1, 1)),
+    chain("groups free", "nchw, o... -> nohw", _through_groups(2, "relu.default"), A(2, 6, 2, 2), W(4, 3, 1, 1)),
+    chain("channel shuffle of equal parts", "nct, nct, oe. -> ndt, not", _shuffle, A(2, 4, 3), A(2, 4, 3), W(5, 4, 1)),
+    chain("channel shuffle of uneven parts", "nat, nbt, oc. -> ndt, not", _shuffle, A(2, 6, 3), A(2, 2, 3), W(5, 4, 1)),
     chain("equal groups", "nc, nc -> n.c", _view_of_cat([2, 2, 4]), A(2, 4), A(2, 4)),
     chain("equal groups and back", "nc, nc -> nx", _view_of_cat([2, 2, 4], back=True), A(2, 4), A(2, 4)),
     chain("groups across parts", "nx, ny -> n.c", _view_of_cat([2, 2, 4]), A(2, 6), A(2, 2)),
@@ -211,7 +211,7 @@ STRUCTURE: list[Case] = [
     chain("a slice before what widens", ".a -> .., ..", _slice_before_what_widens, X(2, 5), A(2, 3)),
     chain("a slice of both parts", "na, nb -> nx, ny", _slice_before_what_widens, A(2, 5), A(2, 3)),
     chain("pieces across parts", "na, nb -> nc, nd", _pieces_across, A(2, 2), A(2, 6)),
-    chain("the same twice, in groups", "nc., oc. -> no.", _twice_in_groups, A(2, 3, 2), W(4, 3, 1)),
+    chain("the same twice, in groups", "nct, oc. -> not", _twice_in_groups, A(2, 3, 2), W(4, 3, 1)),
     chain("depthwise on two parts", "na., nb., c.. -> nc.", _depthwise_on_cat, A(2, 3, 2), A(2, 4, 2), W(7, 1, 2)),
     chain("depthwise beside a frozen part", ".a., c.. -> .c.", _depthwise_on_cat, A(2, 3, 2), X(2, 4, 2), W(7, 1, 2)),
     chain("linear on a concatenation", "na, nb, oc -> no", _linear_on_cat, A(2, 3), A(2, 4), W(5, 7)),

@@ -20,10 +20,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import gpd_fx.plan
+import gpd_fx.ratios
 from gpd_fx.analysis import Analysis, analyse
 from gpd_fx.axes import Atom, Expr, Reason, show
 from gpd_fx.passes.widen import GRAPH, widen_graph
 from gpd_fx.plan import Plan, make_plan
+from gpd_fx.ties import Dim
 
 aten = torch.ops.aten
 TOLERANCE = 1e-12
@@ -328,7 +330,12 @@ def _own_ratios(seed: int) -> Generator[None]:
                 held[atom] = Reason("test", "", "held back")
         one_per_product(analysis, candidates, held)
 
-    with patch("gpd_fx.plan._one_per_product", hold), patch("gpd_fx.ratios._wanted", lambda *_: drawn):
+    def asked(*_: object) -> dict[Atom, list[Any]]:
+        ask = vars(gpd_fx.ratios)["_Ask"]
+        return {atom: [ask(Dim("test", 0), ratio, "*")] for atom, ratio in drawn.items()}
+
+    held_back = patch("gpd_fx.plan._one_per_product", hold)
+    with held_back, patch("gpd_fx.ratios._asked", asked), patch("gpd_fx.ratios._idle", return_value=[]):
         yield
 
 

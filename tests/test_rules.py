@@ -28,11 +28,13 @@ from gpd_fx.rules import RULES, effects, rule_of
 from gpd_fx.rules.effects import Contract
 from gpd_fx.rules.index import pointwise
 from gpd_fx.rules.notation import Einsum
-from tests import rule_cases, rule_cases_shapes, rule_chains
+from tests import rule_cases, rule_cases_recurrent, rule_cases_shapes, rule_chains
 from tests.rule_harness import A, B, Case, Checked, Leaf, N, aten, build, case, difference, overload, plans
 
 SINGLE: list[Case] = [
     *rule_cases.CONTRACTIONS,
+    *rule_cases_recurrent.RECURRENT,
+    *rule_cases_recurrent.POINTS,
     *rule_cases.NORMS,
     *rule_cases.POOLS,
     *rule_cases.REDUCTIONS,

@@ -13,33 +13,29 @@ import torch
 
 from gpd_fx.private import OpOverload
 from gpd_fx.rules import attention, concat, index, norm, reduce, shape
+from gpd_fx.rules.convolution import convolution
 from gpd_fx.rules.index import pointwise
 from gpd_fx.rules.notation import Einsum
+from gpd_fx.rules.recurrent import recurrent
 from gpd_fx.rules.site import Rule, op_name
 
-_CONV = "n (g i){s}, (g o) i{s}, (g o) -> n (g o){s} | (g i){s}, (g o) i{s}, (g o) -> (g o){s}"
-_CONV_T = "n (g i){s}, (g i) o{s}, (g o) -> n (g o){s} | (g i){s}, (g i) o{s}, (g o) -> (g o){s}"
 _MATMUL = "* m k, * k n -> * m n | k, k -> | * m k, k -> * m | k, * k n -> * n"
 _SPATIAL1 = Einsum("* _ -> * _")
 _SPATIAL2 = Einsum("* _ _ -> * _ _")
 _SPATIAL3 = Einsum("* _ _ _ -> * _ _ _")
 
 
-def _conv(pattern: str, dims: int) -> Rule:
-    return Einsum(pattern.format(s=" _" * dims), groups="g")
-
-
 RULES: dict[str, Rule] = {
     # contractions
-    "conv1d.default": _conv(_CONV, 1),
-    "conv2d.default": _conv(_CONV, 2),
-    "conv3d.default": _conv(_CONV, 3),
-    "conv1d.padding": _conv(_CONV, 1),
-    "conv2d.padding": _conv(_CONV, 2),
-    "conv3d.padding": _conv(_CONV, 3),
-    "conv_transpose1d.default": _conv(_CONV_T, 1),
-    "conv_transpose2d.input": _conv(_CONV_T, 2),
-    "conv_transpose3d.input": _conv(_CONV_T, 3),
+    "conv1d.default": convolution(1),
+    "conv2d.default": convolution(2),
+    "conv3d.default": convolution(3),
+    "conv1d.padding": convolution(1),
+    "conv2d.padding": convolution(2),
+    "conv3d.padding": convolution(3),
+    "conv_transpose1d.default": convolution(1, transposed=True),
+    "conv_transpose2d.input": convolution(2, transposed=True),
+    "conv_transpose3d.input": convolution(3, transposed=True),
     "linear.default": Einsum("* i, o i, o -> * o"),
     "matmul.default": Einsum(_MATMUL),
     "mm.default": Einsum("m k, k n -> m n"),
@@ -58,6 +54,10 @@ RULES: dict[str, Rule] = {
     "tensordot.default": attention.tensordot,
     "kron.default": shape.kron,
     "scaled_dot_product_attention.default": attention.scaled_dot_product,
+    "lstm.input": recurrent(gates=4),
+    "gru.input": recurrent(gates=3),
+    "rnn_tanh.input": recurrent(gates=1),
+    "rnn_relu.input": recurrent(gates=1),
     # normalisation
     "batch_norm.default": norm.batch_norm,
     "instance_norm.default": norm.instance_norm,
