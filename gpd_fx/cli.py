@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +117,16 @@ def demo(
 @app.command()
 def inspect(
     spec: Spec,
-    ratio: Ratio = 2.0,
+    ratios: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ratio",
+            "-r",
+            metavar="RATIO",
+            help="How many times wider the teacher is; 1 or more. Or GLOB=RATIO for parameters of such names, as "
+            "'layer1.*=3'; repeatable, and the last that matches a name counts.  [default: 2]",
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Leave parameters of such names, as 'layer4.*', as they are; repeatable."),
@@ -125,29 +135,80 @@ def inspect(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report to FILE as JSON as well.")
     ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it to FILE as Markdown as well.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the graph to FILE.svg, its widened and frozen parts in colours."),
+    ] = None,
 ) -> None:
     """Show what a dynamic teacher of the model would look like; nothing is trained or downloaded.
 
-    Lists the channel groups that widen, those that are frozen, by which operation and why, and the parameters and FLOPs
-    of both networks.
+    Lists the channel groups that widen, by block, those that are frozen, by which operation and why, and the parameters
+    and FLOPs of both networks.
 
     **Examples**
 
     - `gpd-fx inspect torchvision:densenet121`
-    - `gpd-fx inspect timm:convnext_tiny --ratio 1.5 --json report.json`
-    - `gpd-fx inspect torchvision:resnet18 --exclude 'layer4.*'`
+    - `gpd-fx inspect timm:convnext_tiny --ratio 1.5 --json report.json --markdown report.md`
+    - `gpd-fx inspect torchvision:resnet18 --exclude 'layer4.*' --picture resnet18.svg`
+    - `gpd-fx inspect torchvision:resnet18 --ratio 1.5 --ratio 'layer1.*=3'`
     - `gpd-fx inspect gpd_fx.demo:DigitNet --input 1,8,8`
     """
-    from gpd_fx import inspect_model
-    from gpd_fx.files import output_path, write_text
+    from gpd_fx import ExpansionReport, inspect_model
+    from gpd_fx.files import write_text
     from gpd_fx.models import resolve
 
-    target = None if json_file is None else output_path(json_file)
+    targets = report_files({"--json": json_file, "--markdown": markdown, "--picture": picture})
+    ratio = parse_ratios(ratios)
     report = inspect_model(resolve(spec), ratio, example_inputs(inputs), exclude=exclude or ())
     typer.echo(str(report))
-    if target is not None:
-        write_text(target, json.dumps(report.to_dict(), indent=2))
+    forms: dict[str, Callable[[ExpansionReport], str]] = {
+        "--json": lambda made: json.dumps(made.to_dict(), indent=2),
+        "--markdown": ExpansionReport.to_markdown,
+        "--picture": ExpansionReport.to_svg,
+    }
+    for option, target in targets.items():
+        write_text(target, forms[option](report))
         typer.echo(f"\nwritten: {target}")
+
+
+def report_files(given: Mapping[str, Path | None]) -> dict[str, Path]:
+    """The files that options ask for.
+
+    Raises:
+        ArgumentError: one cannot be written, two are the same, or a picture is not to be an SVG file.
+    """
+    from gpd_fx.files import output_path
+
+    targets = {option: output_path(path) for option, path in given.items() if path is not None}
+    first: dict[Path, str] = {}
+    for option, target in targets.items():
+        other = first.setdefault(target.resolve(), option)
+        if other != option:
+            raise ArgumentError(f"{other} and {option} both name the file {str(target)!r}")
+    picture = targets.get("--picture")
+    if picture is not None and picture.suffix.lower() != ".svg":
+        raise ArgumentError(f"--picture {str(picture)!r}: pictures are SVG files; call it {picture.stem + '.svg'!r}")
+    return targets
+
+
+def parse_ratios(given: list[str] | None) -> float | dict[str, float]:
+    """What `--ratio` gave: a number, or numbers by glob, where a plain number is for all names.
+
+    Raises:
+        ArgumentError: a ratio is not a number.
+    """
+    pairs = [item.rpartition("=")[::2] for item in given or ["2"]]
+    ratios: dict[str, float] = {}
+    for glob, number in pairs:
+        try:
+            value = float(number)
+        except ValueError:
+            what = f"{glob}={number}" if glob else number
+            raise ArgumentError(f"--ratio {what!r} must be a number, or GLOB=NUMBER such as 'layer1.*=2'") from None
+        ratios.pop(glob or "*", None)  # the last counts, also of the same glob
+        ratios[glob or "*"] = value
+    return ratios["*"] if list(ratios) == ["*"] else ratios
 
 
 @app.command()

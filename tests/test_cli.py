@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from gpd_fx import expand, fold, save
-from gpd_fx.cli import app
+from gpd_fx.cli import app, parse_ratios
 from gpd_fx.digits import DigitNet
 from gpd_fx.models import save_weights
 
@@ -54,6 +55,14 @@ def test_python_m_is_the_same() -> None:
         (("inspect", DIGITS, "--ratio", "0.5"), "0.5"),
         (("inspect", DIGITS, "--input", "1,8,x"), "'1,8,x' must be positive whole numbers"),
         (("inspect", DIGITS, "--json", "/nowhere/report.json"), "does not exist"),
+        (("inspect", DIGITS, "--markdown", "/nowhere/report.md"), "does not exist"),
+        (("inspect", DIGITS, "--picture", "/nowhere/report.svg"), "does not exist"),
+        (("inspect", DIGITS, "--picture", "."), "is a folder"),
+        (("inspect", DIGITS, "--picture", "net.png"), "call it 'net.svg'"),
+        (("inspect", DIGITS, "--json", "a", "--markdown", "./a"), "--json and --markdown both name the file 'a'"),
+        (("inspect", DIGITS, "--ratio", "x"), "--ratio 'x' must be a number"),
+        (("inspect", DIGITS, "--ratio", "*.weight=wide"), "--ratio '*.weight=wide' must be a number"),
+        (("inspect", DIGITS, "--ratio", "none.*=2", "--input", "1,8,8"), "'none.*' matches no parameter"),
         (("fold", DIGITS, "/nowhere/teacher", "/nowhere/student"), "does not exist"),
         (("fold", DIGITS, "no-such-file", "student.safetensors"), "no-such-file"),
         (("export", DIGITS, "student.onnx", "--weights", "no-such-file"), "no-such-file"),
@@ -81,6 +90,40 @@ def test_inspect_prints_the_report_and_writes_it(tmp_path: Path) -> None:
     assert report["student_parameters"] == sum(parameter.numel() for parameter in DigitNet().parameters())
     assert report["teacher_parameters"] > 5 * report["student_parameters"]
     assert f"{report['student_parameters']:,}" in result.stdout
+
+
+def test_inspect_writes_markdown_and_a_picture(tmp_path: Path) -> None:
+    page, picture = tmp_path / "report.md", tmp_path / "net.svg"
+    result = run("inspect", DIGITS, "--input", "1,8,8", "--markdown", page, "--picture", picture)
+    assert result.exit_code == 0
+    assert f"written: {page}" in result.stdout
+    assert page.read_text().startswith("# Expansion of DigitNet\n")
+    assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.svg", "report.md"]
+
+
+@pytest.mark.parametrize(
+    ("given", "ratio"),
+    [
+        (None, 2.0),
+        (["3"], 3.0),
+        (["1.5", "2.5"], 2.5),
+        (["1.5", "a.*=2"], {"*": 1.5, "a.*": 2.0}),
+        (["a.*=2", "1.5"], {"a.*": 2.0, "*": 1.5}),
+        (["a=1", "b=c=2", "a=3"], {"b=c": 2.0, "a": 3.0}),
+    ],
+)
+def test_ratios_by_glob(given: list[str] | None, ratio: float | dict[str, float]) -> None:
+    parsed = parse_ratios(given)
+    assert parsed == ratio
+    assert not isinstance(ratio, dict) or (isinstance(parsed, dict) and list(parsed) == list(ratio))
+
+
+def test_inspect_with_ratios_by_glob(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    arguments = ("--input", "1,8,8", "--ratio", "1", "--ratio", "head.*=1", "--ratio", "*=3", "--json", path)
+    assert run("inspect", DIGITS, *arguments).exit_code == 0
+    assert json.loads(path.read_text())["ratio"] == {"head.*": 1.0, "*": 3.0}
 
 
 def test_fold_then_export(tmp_path: Path) -> None:
