@@ -1,170 +1,112 @@
-"""Verification: a transformed network against its source, in float64, on random inputs.
+"""Verification: a transformed network against its source, on random inputs.
 
 `check_expansion` is what `expand` runs. It compares graph with graph, for both modes: the capture with the model's
 tensors, and the wide graph with the same tensors widened. Randomness is switched off in both (dropout, stochastic
-depth), float casts become float64, and the batch differs from the example's. Tensors are also perturbed, so that an
+depth), every float becomes a float64, and the batch differs from the example's. Tensors are also perturbed, so that an
 untouched batch norm or a zero layer scale hides nothing. Then the capture is compared with the module itself.
 
 An error is measured as max |difference| / max |output|. Beyond the tolerance it is held against the conditioning of the
 model: what a change of its input by one unit in the last place does.
+
+Where both networks would take more than `LARGE` bytes in float64, the graphs are compared in float32. What rounding may
+do is then the model's own rounding error, which its float64 result tells: the wide graph may be `_ROOM` times as far
+from that as the model itself is. No more than the tensors of both networks is held at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from gpd_fx.axes import Expr
+from gpd_fx.compare import random_like
+from gpd_fx.compare import relative_error as relative_error
 from gpd_fx.errors import VerificationError
+from gpd_fx.layout import ParamPlan
+from gpd_fx.locate import first_difference
 from gpd_fx.passes.widen import EXACT
-from gpd_fx.paths import fetch, graphs_of
+from gpd_fx.paths import fetch
 from gpd_fx.plan import Plan
-from gpd_fx.private import OpOverload, copy_graph, enter_autocast, flat_inputs, put_tensor
-from gpd_fx.rules.site import bind, op_name
+from gpd_fx.precision import DOUBLE, SINGLE, Precision, deterministic
+from gpd_fx.precision import is_random as is_random
+from gpd_fx.private import OpOverload, copy_graph, flat_inputs, schema
 
 if TYPE_CHECKING:
     from gpd_fx.expansion import Draft
     from gpd_fx.teacher import DynamicTeacher
 
+LARGE = 2 * 2**30  # bytes of both networks in float64 from which on float32 is used
 TOLERANCE = 1e-9
 _CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
+_ROOM = 30.0  # in float32, times the model's own rounding error: wide sums are longer, and ordered otherwise
+_FEW = 32.0  # units of rounding that are always allowed in float32
 _ROUNDINGS = 1e5  # how many units of rounding a deep network may gather in its own dtype
 _CAST_TOLERANCE = 1e-4  # module against capture: a module may cast to float32 by itself
 _ADVICE = (
     "Nothing is returned; please report this model. A ratio of {glob: 1} for the parameters around that node leaves "
     "them as they are"
 )
-aten = torch.ops.aten
-_EXACT = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}
 
 
-def relative_error(expected: Any, actual: Any) -> float:
-    """max |difference| / max |output| over all tensors of two outputs; inf where they do not compare."""
-    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
-    if len(left) != len(right):
-        return float("inf")
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if isinstance(a, Tensor)]
-    return max((_tensor_error(a, b) for a, b in pairs), default=0.0)
+def precision_for(plan: Plan) -> Precision:
+    """float64, or float32 for networks that are large."""
+    parameters = plan.analysis.parameters
+    both = sum(p.numel() for p in parameters.values()) + sum(plan.tensors[name].wide_numel for name in parameters)
+    return SINGLE if both * 8 > LARGE else DOUBLE
 
 
-def _tensor_error(expected: Tensor, actual: Any) -> float:
-    if not isinstance(actual, Tensor) or actual.shape != expected.shape:
-        return float("inf")
-    if expected.is_complex() and actual.is_complex():
-        expected, actual = torch.view_as_real(expected), torch.view_as_real(actual)
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, actual) else float("inf")
-    expected, actual = expected.double(), actual.double()
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(actual)):
-        return float("inf")
-    if not torch.equal(expected[~finite].nan_to_num(7.0), actual[~finite].nan_to_num(7.0)):
-        return float("inf")
-    difference = (expected - actual)[finite].abs().max().item() if finite.any() else 0.0
-    scale = expected[finite].abs().max().item() if finite.any() else 0.0
-    return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
+@dataclass(frozen=True)
+class _Source:
+    """The tensors that a capture reads, in some precision, perturbed if there is a seed; made anew at each call."""
+
+    capture: fx.GraphModule
+    seed: int | None
+
+    def tensors(self, precision: Precision) -> dict[str, Tensor]:
+        """All of them; tied ones are one tensor."""
+        same: dict[int, Tensor] = {}
+        return {target: self._make(target, value, same, precision) for target, value in self._values()}
+
+    def widened(self, plan: Plan, key: str, precision: Precision) -> dict[str, Tensor]:
+        """Those of the wide graph, one made after the other."""
+        wide: dict[int, Tensor] = {}
+        out: dict[str, Tensor] = {}
+        for target, value in self._values():
+            if id(value) not in wide:
+                shaped = plan.tensors[plan.analysis.canonical.get(target) or f"{key}:{target}"]
+                wide[id(value)] = shaped.scale(shaped.widen(self._make(target, value, {}, precision)))
+            out[target] = wide[id(value)]
+        return out
+
+    def _values(self) -> Iterator[tuple[str, Tensor]]:
+        for node in self.capture.graph.find_nodes(op="get_attr"):
+            value = fetch(self.capture, str(node.target))
+            if isinstance(value, Tensor):
+                yield str(node.target), value
+
+    def _make(self, target: str, value: Tensor, same: dict[int, Tensor], precision: Precision) -> Tensor:
+        if id(value) not in same:
+            plain = precision.exact(value.detach())
+            same[id(value)] = plain if self.seed is None else _perturb(plain, crc32(f"{self.seed}/{target}".encode()))
+        return same[id(value)]
 
 
-def random_like(
-    example: Any, generator: torch.Generator, dtype: torch.dtype, batches: Mapping[int, int] | None = None
-) -> Any:
-    """Random inputs of an example's structure: normal floats, integers within the example's range.
-
-    `batches` gives other leading sizes for some of the example's tensors, by their id.
-    """
-
-    def draw(tensor: Tensor) -> Tensor:
-        batch = (batches or {}).get(id(tensor))
-        if batch is not None:
-            rows = torch.arange(batch, device=tensor.device) % tensor.shape[0]
-            tensor = tensor[rows]
-        if tensor.is_floating_point() or tensor.is_complex():
-            kind = dtype if tensor.is_floating_point() else _EXACT.get(tensor.dtype, tensor.dtype)
-            drawn = _exact(torch.empty(tensor.shape, dtype=tensor.dtype)).normal_(generator=generator)
-            return drawn.to(tensor.device, kind)
-        if tensor.dtype == torch.bool or tensor.numel() == 0:
-            return tensor
-        low, high = int(tensor.min()), int(tensor.max())
-        return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-
-    return pytree.tree_map_only(Tensor, draw, example)
-
-
-def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """In double precision, each value changed by up to a half, zeros made small and positive; integers as they are."""
+def _perturb(tensor: Tensor, seed: int) -> Tensor:
+    """Each value changed by up to a half, zeros made small and positive; integers as they are."""
     if not tensor.is_floating_point() and not tensor.is_complex():
-        return tensor.clone()
-    factor = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device) + 0.5
-    changed = _exact(tensor.detach()) * factor
-    return torch.where(changed == 0, 0.1 * factor, changed)
-
-
-def deterministic(graph: fx.GraphModule) -> str | None:
-    """Switch off what is random in a graph and make float casts float64; in place.
-
-    Returns:
-        The name of a random op that cannot be switched off, or None.
-    """
-    stubborn: str | None = None
-    modules = graphs_of(graph)
-    for node in [node for module in modules for node in module.graph.nodes if node.op == "call_function"]:
-        name = op_name(node.target)
-        if node.target is enter_autocast:  # device, dtype, enabled, ...
-            node.args = (*node.args[:2], False, *node.args[3:])
-            continue
-        node.args = pytree.tree_map(_upcast, node.args)
-        node.kwargs = pytree.tree_map(_upcast, dict(node.kwargs))
-        if name.startswith(
-            ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
-        ):
-            node.args = (node.args[0], 0.0, False)
-        elif name.startswith("aten.bernoulli_"):
-            node.target, node.args, node.kwargs = aten.fill_.Scalar, (node.args[0], 1.0), {}
-        elif name == "aten.scaled_dot_product_attention.default":
-            if bind(node)["dropout_p"]:
-                node.args = (*node.args[:4], 0.0, *node.args[5:])
-        elif name.startswith("aten.rrelu"):
-            node.args = (*node.args[:3], False)
-        elif name.endswith((".input", ".data")) and "dropout" in (given := bind(node)):  # recurrent layers
-            node.args, node.kwargs = tuple((given | {"dropout": 0.0}).values()), {}
-        elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-            stubborn = name
-    for module in modules:
-        module.recompile()
-    return stubborn
-
-
-def is_random(graph: fx.GraphModule) -> bool:
-    """Whether two runs of a graph on the same inputs may differ."""
-    for node in [node for module in graphs_of(graph) for node in module.graph.nodes]:
-        random = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        if random or op_name(node.target).startswith("aten.rrelu"):
-            args = bind(node)
-            share = args.get("p", args.get("dropout_p", args.get("dropout")))
-            if not (share == 0 or False in (args.get("train"), args.get("training"))):
-                return True
-    return False
-
-
-def _upcast(value: Any) -> Any:
-    return _EXACT.get(value, value) if isinstance(value, torch.dtype) else value
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In double precision, if it is not integer."""
-    return tensor.to(_EXACT.get(tensor.dtype, tensor.dtype))
+        return tensor
+    real = tensor.real.dtype if tensor.is_complex() else tensor.dtype
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).add_(0.5).to(tensor.device, real)
+    changed = tensor * factor
+    return torch.where(changed == 0, factor.mul_(0.1), changed)
 
 
 def _copy_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -177,18 +119,18 @@ def _copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-@dataclass
-class _Pair:
-    """The capture and the wide graph of one mode, made deterministic and float64."""
-
-    mode: str
-    source: fx.GraphModule
-    wide: fx.GraphModule
-    stubborn: str | None
+def _prepared(module: fx.GraphModule, precision: Precision) -> tuple[fx.GraphModule, str | None]:
+    """A deterministic copy in some precision, and the op that stays random."""
+    copied = _copy_graph(module)
+    return copied, deterministic(copied, precision)
 
 
 def check_expansion(
-    plan: Plan, captures: Mapping[str, fx.GraphModule], graphs: Mapping[str, fx.GraphModule], draft: Draft
+    plan: Plan,
+    captures: Mapping[str, fx.GraphModule],
+    graphs: Mapping[str, fx.GraphModule],
+    draft: Draft,
+    precision: Precision | None = None,
 ) -> float:
     """Compare the wide graphs with the captures, and the captures with the module.
 
@@ -199,31 +141,34 @@ def check_expansion(
         VerificationError: an error beyond the tolerance; names the mode and the first node that differs.
     """
     worst = 0.0
+    precision = precision or precision_for(plan)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for mode in captures:
-            pair = _Pair(mode, _copy_graph(captures[mode]), _copy_graph(graphs[mode]), None)
-            pair.stubborn = deterministic(pair.source)
-            deterministic(pair.wide)
-            if pair.stubborn is not None:
+            plain, stubborn = _prepared(captures[mode], precision)
+            if stubborn is not None:
                 continue  # nothing to compare: the op draws anew at each call
-            inputs = _inputs(pair.source, _tensors(captures[mode], None), draft, generator)
-            for perturb in (False, True) if mode == "eval" else (True,):
-                tensors = _tensors(captures[mode], generator if perturb else None)
-                worst = max(worst, _compare(plan, pair, tensors, inputs))
-        return max(worst, _check_capture(captures["eval"], draft, generator))
+            inputs = _inputs(plain, _Source(captures[mode], None).tensors(precision), draft, generator, precision)
+            for seed in (None, 1) if mode == "eval" and precision is DOUBLE else (1,):
+                check = _Check(plan, mode, captures[mode], graphs[mode], _Source(captures[mode], seed), inputs)
+                worst = max(worst, check.double() if precision is DOUBLE else check.single())
+        return max(worst, _check_capture(captures["eval"], draft, generator, precision))
 
 
 def _inputs(
-    capture: fx.GraphModule, tensors: Mapping[str, Tensor], draft: Draft, generator: torch.Generator
+    capture: fx.GraphModule,
+    tensors: Mapping[str, Tensor],
+    draft: Draft,
+    generator: torch.Generator,
+    precision: Precision,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Random inputs in float64, with another batch than the example's where the capture left it open."""
+    """Random inputs, with another batch than the example's where the capture left it open."""
     example = (draft.study.args, draft.study.kwargs)
-    inputs = random_like(example, generator, torch.float64, _other_batches(capture, example))
+    inputs = random_like(example, generator, precision.real, _other_batches(capture, example))
     try:
-        _run(capture, tensors, inputs)
+        _run(capture, tensors, inputs, precision)
     except Exception:  # noqa: BLE001  a batch that the model refuses, such as one that it cannot halve
-        return random_like(example, generator, torch.float64)
+        return random_like(example, generator, precision.real)
     return inputs
 
 
@@ -241,155 +186,118 @@ def _other_batches(capture: fx.GraphModule, example: tuple[tuple[Any, ...], dict
     return found
 
 
-def _tensors(capture: fx.GraphModule, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """Every tensor that a capture reads, in float64, perturbed if a generator is given."""
-    found: dict[str, Tensor] = {}
-    same: dict[int, Tensor] = {}
-    for node in capture.graph.find_nodes(op="get_attr"):
-        value = fetch(capture, str(node.target))
-        if isinstance(value, Tensor):
-            if id(value) not in same:
-                plain = _exact(value.detach())
-                same[id(value)] = plain.clone() if generator is None else _perturb(value, generator)
-            found[str(node.target)] = same[id(value)]
-    return found
-
-
-def _widened(plan: Plan, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the wide graph for given tensors of the capture."""
-    out: dict[str, Tensor] = {}
-    for target, tensor in tensors.items():
-        name = plan.analysis.canonical.get(target) or f"{key}:{target}"
-        out[target] = plan.tensors[name].scale(plan.tensors[name].widen(tensor))
-    return out
-
-
-def _run(module: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
-    fresh = {name: tensor.clone() for name, tensor in tensors.items()}  # running statistics change in place
-    constants = _constants(module, fresh)
+def _run(module: nn.Module, tensors: Mapping[str, Tensor], inputs: Any, precision: Precision) -> Any:
+    """Call a module with these tensors, which stay as they are, and its constants in the given precision."""
+    kept = _written(module) if isinstance(module, fx.GraphModule) else None
+    fresh = {name: tensor.clone() if kept is None or name in kept else tensor for name, tensor in tensors.items()}
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)
+    constants = _constants(module, fresh, precision)
     return torch.func.functional_call(module, constants | fresh, args, kwargs, tie_weights=False)
 
 
-def _constants(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers that are not given, in double precision, as they were before they were rounded."""
+def _written(module: fx.GraphModule) -> set[str]:
+    """The attributes that a graph may write to: running statistics, and whatever an in-place op goes back to."""
+    found: set[str] = set()
+    for node in module.graph.nodes:
+        if isinstance(node.target, OpOverload) and (schema(node.target).is_mutable or "batch_norm" in str(node.target)):
+            todo: list[fx.Node] = list(node.all_input_nodes)
+            while todo:
+                operand = todo.pop()
+                if operand.op == "get_attr":
+                    found.add(str(operand.target))
+                elif operand.op == "call_function" and operand.args and isinstance(operand.args[0], fx.Node):
+                    todo.append(operand.args[0])
+    return found
+
+
+def _constants(module: nn.Module, given: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
+    """The buffers that are not given, as they were before they were rounded."""
     before: dict[str, Tensor] = getattr(module, "meta", {}).get(EXACT, {})
     rest = {name: buffer for name, buffer in module.named_buffers() if name not in given}
-    return {n: before[n].to(buffer.device) if n in before else _exact(buffer) for n, buffer in rest.items()}
+    return {name: precision.exact(before.get(name, buffer).to(buffer.device)) for name, buffer in rest.items()}
 
 
-def _compare(plan: Plan, pair: _Pair, tensors: Mapping[str, Tensor], inputs: Any) -> float:
-    expected = _run(pair.source, tensors, inputs)
-    wide = _widened(plan, pair.mode, tensors)
-    try:
-        actual = _run(pair.wide, wide, inputs)
-    except Exception as failure:
-        where = first_difference(plan, pair.mode, pair.source, pair.wide, tensors, wide, inputs)
-        raise VerificationError(
-            f"in {pair.mode} mode the expanded graph does not run ({type(failure).__name__}: {failure}). {where} "
-            f"{_ADVICE}"
-        ) from failure
-    error = relative_error(expected, actual)
-    if error <= TOLERANCE:
-        return error
-    nudged = pytree.tree_map_only(Tensor, lambda t: t * (1 + 2.0**-52) if t.is_floating_point() else t, inputs)
-    conditioning = relative_error(expected, _run(pair.source, tensors, nudged))
-    if error <= _CONDITIONING * conditioning:
-        return error
-    where = first_difference(plan, pair.mode, pair.source, pair.wide, tensors, wide, inputs)
-    raise VerificationError(
-        f"in {pair.mode} mode the expanded graph differs from the model by {error:.1e} of its output (one unit in the "
-        f"last place of the input: {conditioning:.1e}). {where} {_ADVICE}"
-    )
+@dataclass(frozen=True)
+class _Check:
+    """The capture and the wide graph of one mode, with the tensors and inputs to compare them on."""
+
+    plan: Plan
+    mode: str
+    capture: fx.GraphModule
+    graph: fx.GraphModule
+    source: _Source
+    inputs: Any
+
+    def double(self) -> float:
+        """Compare in float64; returns the relative error."""
+        expected = self._plain(DOUBLE, self.inputs)
+        error = relative_error(expected, self._wide(DOUBLE))
+        if error <= TOLERANCE:
+            return error
+        conditioning = relative_error(expected, self._plain(DOUBLE, _nudged(self.inputs, DOUBLE)))
+        if error <= _CONDITIONING * conditioning:
+            return error
+        raise self._differs(DOUBLE, error, f"one unit in the last place of the input: {conditioning:.1e}")
+
+    def single(self) -> float:
+        """Compare in float32, both with the capture's result in float64; returns the wide graph's relative error."""
+        exact = self._plain(DOUBLE, pytree.tree_map_only(Tensor, DOUBLE.exact, self.inputs))
+        own = relative_error(exact, self._plain(SINGLE, self.inputs))
+        own = max(own, relative_error(exact, self._plain(SINGLE, _nudged(self.inputs, SINGLE))))
+        error = relative_error(exact, self._wide(SINGLE))
+        if error <= max(_ROOM * own, _FEW * SINGLE.unit):
+            return error
+        raise self._differs(SINGLE, error, f"checked in float32, where the model's own rounding error is {own:.1e}")
+
+    def _plain(self, precision: Precision, inputs: Any) -> Any:
+        return _run(_prepared(self.capture, precision)[0], self.source.tensors(precision), inputs, precision)
+
+    def _wide(self, precision: Precision) -> Any:
+        graph = _prepared(self.graph, precision)[0]
+        try:
+            return _run(graph, self.source.widened(self.plan, self.mode, precision), self.inputs, precision)
+        except Exception as failure:
+            raise VerificationError(
+                f"in {self.mode} mode the expanded graph does not run ({type(failure).__name__}: {failure}). "
+                f"{self._where(precision)} {_ADVICE}"
+            ) from failure
+
+    def _differs(self, precision: Precision, error: float, context: str) -> VerificationError:
+        return VerificationError(
+            f"in {self.mode} mode the expanded graph differs from the model by {error:.1e} of its output ({context}). "
+            f"{self._where(precision)} {_ADVICE}"
+        )
+
+    def _where(self, precision: Precision) -> str:
+        plain, wide = (_prepared(graph, precision)[0] for graph in (self.capture, self.graph))
+        tensors = self.source.tensors(precision), self.source.widened(self.plan, self.mode, precision)
+        full = [_constants(g, t, precision) | t for g, t in zip((plain, wide), tensors, strict=True)]
+        tolerance = TOLERANCE if precision is DOUBLE else 1e-4
+        return first_difference(self.plan, self.mode, plain, wide, *full, self.inputs, tolerance)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps a copy of each node's result, as it is when the node has run."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.results: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        self.results[n.name] = pytree.tree_map_only(Tensor, torch.clone, result)
-        return result
+def _nudged(inputs: Any, precision: Precision) -> Any:
+    """Inputs changed by one unit in the last place."""
+    return pytree.tree_map_only(Tensor, lambda t: t * (1 + precision.unit) if t.is_floating_point() else t, inputs)
 
 
-def _record(module: fx.GraphModule, tensors: Mapping[str, Tensor], inputs: Any) -> dict[str, Any]:
-    bound = copy.deepcopy(module)
-    for name, tensor in tensors.items():
-        put_tensor(bound, name, tensor.clone())
-    for name, buffer in _constants(module, tensors).items():
-        put_tensor(bound, name, buffer)
-    recorder = _Recorder(bound)
-    flat = flat_inputs(module, *inputs)
-    with contextlib.suppress(Exception):  # what ran before the node that failed is what counts
-        recorder.run(*pytree.tree_map_only(Tensor, torch.clone, flat), enable_io_processing=False)
-    return recorder.results
-
-
-def first_difference(
-    plan: Plan,
-    key: str,
-    source: fx.GraphModule,
-    wide: fx.GraphModule,
-    tensors: Mapping[str, Tensor],
-    wide_tensors: Mapping[str, Tensor],
-    inputs: Any,
-) -> str:
-    """The first node whose wide result is not the copies of the model's result, in words."""
-    expected, actual = _record(source, tensors, inputs), _record(wide, wide_tensors, inputs)
-    facts = plan.analysis.graphs[key]
-    last = {name: _final(wide, name, expected) for name in expected}
-    for node in facts.module.graph.nodes:
-        value = facts.values.get(node)
-        if last[node.name] not in actual:
-            return f"The first node that fails is {node.name!r} ({op_name(node.target)})."
-        if node.op != "call_function" or not isinstance(value, list) or not isinstance(expected[node.name], Tensor):
-            continue
-        wanted, found = _copies(plan, expected[node.name], value), actual[last[node.name]]
-        error = relative_error(wanted, found)
-        if error > TOLERANCE:
-            shapes = f"{list(expected[node.name].shape)} -> {list(found.shape)}"
-            return f"The first node that differs is {node.name!r} ({op_name(node.target)}, {shapes}), by {error:.1e}."
-    return "No single node differs."
-
-
-def _copies(plan: Plan, tensor: Tensor, axes: Sequence[Expr]) -> Tensor:
-    for dim, axis in enumerate(axes):
-        if plan.widening.widens(axis):
-            tensor = tensor.index_select(dim, plan.widening.gather(axis).to(tensor.device))
-    return tensor
-
-
-def _final(wide: fx.GraphModule, name: str, names: Mapping[str, Any]) -> str:
-    """The node that stands for the model's node of that name, of those `names`: behind what widening put after it."""
-    node = next(n for n in wide.graph.nodes if n.name == name)
-    users = list(node.users)
-    if len(users) == 1 and users[0].target in (aten.mul.Tensor, aten.add.Tensor) and users[0].name not in names:
-        return name if isinstance(users[0].args[1], fx.Node) else users[0].name  # alpha belongs to the user's operand
-    return name
-
-
-def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Generator) -> float:
+def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Generator, precision: Precision) -> float:
     """The module itself against its capture, in eval mode."""
-    module = copy.deepcopy(draft.study.skeleton, {id(p): p for p in draft.study.model.parameters()}).eval()
-    graph = _copy_graph(capture)
+    model = draft.study.model
+    module = copy.deepcopy(draft.study.skeleton, {id(p): p for p in model.parameters()}).eval()
     if is_random(capture):
         return 0.0
-    deterministic(graph)
-    model = draft.study.model
+    graph, _ = _prepared(capture, precision)
     named = [*model.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    tensors = {name: _exact(t.detach()) for name, t in named}
+    tensors = {name: precision.exact(t.detach()) for name, t in named}
     used = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
     read = {name: t for name, t in tensors.items() if name in used}
-    inputs = _inputs(graph, read, draft, generator)
+    inputs = _inputs(graph, read, draft, generator, precision)
     try:
-        expected = _run(module, tensors, inputs)
+        expected = _run(module, tensors, inputs, precision)
     except Exception:  # noqa: BLE001  it casts to float32 by itself; the finished teacher is compared in its own dtype
         return 0.0
-    error = relative_error(expected, _run(graph, read, inputs))
+    error = relative_error(expected, _run(graph, read, inputs, precision))
     if error > _CAST_TOLERANCE:
         raise VerificationError(
             f"torch.export's capture of {type(model).__name__} differs from the module by {error:.1e} of its "
@@ -406,37 +314,30 @@ def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
         VerificationError: either differs.
     """
     student = dict(model.named_parameters())
-    wide, narrow = teacher.composition()
-    for plan in teacher.composition.plans:
+    for plan, wide, narrow in teacher.composition.one_by_one():
         tensor = student[plan.name].detach()
-        if not torch.equal(narrow[plan.name], tensor) or not torch.equal(
-            wide[plan.name], plan.scale(plan.widen(tensor))
-        ):
+        if not torch.equal(narrow, tensor) or not torch.equal(wide, plan.scale(plan.widen(tensor))):
             raise VerificationError(
                 f"the composed tensors of {plan.name!r} differ from the model's; please report this"
             )
     parameter = next(iter(student.values()), None)
-    if parameter is None or not parameter.is_floating_point():
+    graph = teacher.graphs["eval_mode"]
+    assert isinstance(graph, fx.GraphModule)
+    if parameter is None or not parameter.is_floating_point() or is_random(graph):
         return
     generator = torch.Generator().manual_seed(0)
-    inputs = pytree.tree_map_only(
-        Tensor,
-        lambda t: t.to(parameter.dtype) if t.is_floating_point() else t,
-        random_like(teacher.example, generator, torch.float64),
-    )
+    args, kwargs = random_like(teacher.example, generator, parameter.dtype)
     source = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     was_training = teacher.training
     teacher.eval()
     with torch.no_grad():
-        expected = source(*inputs[0], **inputs[1])
-        outputs = teacher.both(*inputs[0], **inputs[1])
+        expected = source(*args, **kwargs)
+        outputs = {"student": teacher.run_student(student, *args, **kwargs)}
+        with _scaled(teacher, student) as tensors:
+            outputs["teacher"] = teacher.run_teacher(tensors, *args, **kwargs)
     teacher.train(was_training)
-    graph = teacher.graphs["eval_mode"]
-    assert isinstance(graph, fx.GraphModule)
-    if is_random(graph):
-        return
     limit = max(_ROUNDINGS * torch.finfo(parameter.dtype).eps, TOLERANCE)
-    for role, output in zip(("teacher", "student"), outputs, strict=True):
+    for role, output in outputs.items():
         error = relative_error(expected, output)
         if error > limit:
             raise VerificationError(
@@ -444,6 +345,25 @@ def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
                 f"output in eval mode, more than rounding in {parameter.dtype} explains ({limit:.1e}). Either the "
                 "model keeps state that is neither parameter nor buffer, or this is a fault of gpd_fx; please report it"
             )
+
+
+@contextmanager
+def _scaled(teacher: DynamicTeacher, student: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of the wide graph while all branches are zero, without memory of their own.
+
+    Meanwhile the parameters hold alpha times what they are; afterwards they get their values back from the student's.
+    """
+    weights: dict[str, tuple[ParamPlan, Tensor]] = {
+        plan.name: (plan, weight.detach()) for plan, weight in teacher.composition.wide_parameters()
+    }
+    try:
+        for plan, weight in weights.values():
+            plan.scale_(weight)
+        yield {name: weight for name, (_, weight) in weights.items()}
+    finally:
+        for name, (plan, weight) in weights.items():
+            if plan.scales:
+                weight.copy_(plan.widen(student[name].detach()))
 
 
 def verify(
