@@ -66,7 +66,7 @@ class Translator(nn.Module):
         super().__init__()
         self.words = nn.Embedding(23, 12)
         self.places = nn.Parameter(torch.zeros(1, 9, 12))
-        self.core = nn.Transformer(12, 3, 1, 1, 20, dropout=0.0, batch_first=True)
+        self.core = nn.Transformer(12, 4, 1, 1, 20, dropout=0.0, batch_first=True)
         self.leave = nn.Linear(12, 23, bias=False)
         self.leave.weight = self.words.weight
 
@@ -164,7 +164,7 @@ class NonLocal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
         q, k, v = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
-        scores = torch.matmul(q.adjoint(), k) / 6**0.5
+        scores = torch.matmul(q.adjoint(), k.mH.mT) / 6**0.5
         y = torch.matmul(v, scores.softmax(-1).swapaxes(1, 2)).view_as(v).unflatten(2, x.shape[2:])
         return self.leave(x + self.out(y))
 

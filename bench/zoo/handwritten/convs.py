@@ -111,7 +111,7 @@ class Resizes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.leaky_relu(self.enter(x))
-        y = F.interpolate(F.avg_pool2d(x, 2), size=(9, 7), mode="bilinear", align_corners=True)
+        y = F.interpolate(F.avg_pool2d(x, 2) + F.max_pool2d(x, 2), size=(9, 7), mode="bilinear", align_corners=True)
         y = y + F.interpolate(x, size=(9, 7), mode="bicubic") + F.interpolate(x, size=(9, 7), mode="nearest-exact")
         y = y + F.interpolate(x, size=(9, 7), mode="bilinear", antialias=True)
         y = y - F.interpolate(x, size=(9, 7), mode="bicubic", antialias=True)
@@ -135,7 +135,7 @@ class SuperResolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.fewer(F.pixel_unshuffle(self.enter(x), 2)))
         y = F.relu(self.depth(self.shuffle(self.grouped(y))))
-        return self.leave(F.prelu(F.pixel_shuffle(self.more(y), 2), torch.tensor([0.2], dtype=x.dtype)))
+        return self.leave(F.prelu(F.pixel_shuffle(self.more(y), 2), torch.tensor([0.2] * 8, dtype=x.dtype)))
 
 
 class Patches(nn.Module):

@@ -41,7 +41,7 @@ class Complex(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = torch.complex(self.real(x), self.imag(x)) * torch.polar(torch.ones_like(self.turn), self.turn)
         parts = torch.view_as_real(z.conj().resolve_conj()).flatten(1)
-        return self.leave(torch.cat([parts * 0.5, (z.abs() + z.angle() + torch.real(z) * torch.imag(z))], 1))
+        return self.leave(torch.cat([parts * 0.5, (z.abs() + z.angle() + torch.real(z) * torch.imag(z.conj()))], 1))
 
 
 class Sorted(nn.Module):
@@ -65,7 +65,7 @@ class Sorted(nn.Module):
 
 
 class Settings(nn.Module):
-    """A part without gradients and a part with autocast off."""
+    """A part without gradients, a part with autocast off, and a norm in single precision, as language models have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +80,7 @@ class Settings(nn.Module):
             target = F.relu(self.fixed(x))
         with torch.autocast("cpu", enabled=False):
             x = F.layer_norm(self.exact(x), (9,))
+            x = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
         return self.leave(x + target)
 
 
@@ -98,6 +99,7 @@ class Buffers(nn.Module):
         self.register_buffer("blur", torch.zeros(8, 1, 3, 3))
         self.register_buffer("centre", torch.zeros(8))
         self.register_buffer("keep", torch.arange(8) % 3 > 0)
+        self.fill = nn.Parameter(torch.zeros(()))
         self.leave = nn.Conv2d(8, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class Buffers(nn.Module):
             self.centre.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
         x = F.conv2d(x - self.centre.view(1, -1, 1, 1), self.blur, padding=1, groups=8)
         x = torch.where(self.keep[:, None, None], x, 0.0)
-        return self.leave(x.masked_fill(~self.keep[:, None, None], 0.25))
+        return self.leave(x.masked_fill(~self.keep[:, None, None], self.fill))
 
 
 class Created(nn.Module):
@@ -124,11 +126,11 @@ class Created(nn.Module):
         y = torch.where(x > 0, torch.ones_like(x), torch.full_like(x, 0.5)) * x
         y = y + torch.ones(8, dtype=x.dtype) * self.gain + torch.full((1, 8), 0.5, dtype=x.dtype)
         y = y + torch.where(x > 1, 1.0, x) + torch.where(x > 1, x, 2.0) + torch.where(x > 2, 1.0, 0.0)
-        y = y - torch.empty_like(x).fill_(0.5) + torch.empty(8, dtype=x.dtype).zero_() + x.new_full((8,), 0.1)
+        y = y - torch.empty_like(x).fill_(0.5) + torch.empty(8, dtype=x.dtype).zero_().to(x) + x.new_full((8,), 0.1)
         y = y + x.new_empty(8).copy_(self.gain) * x.new_ones(8) + torch.fill(x, 0.5)
         y = y + torch.fill(x, self.gain.detach().sum() / 8) + x.contiguous().type_as(self.gain).detach()
         y = torch.cat([y, x.new_zeros(x.shape[0], 2), torch.zeros(1, 4, dtype=x.dtype).expand(x.shape[0], 4)], 1)
-        return self.leave(self.other(F.pad(y[:, 1:], (0, 1))).to(x))
+        return self.leave(self.other(F.pad(y[:, 1:], (0, 1))).to(device=x.device, dtype=x.dtype))
 
 
 class Dropouts(nn.Module):
@@ -147,9 +149,30 @@ class Dropouts(nn.Module):
         x = self.parts(self.enter(x))
         y = self.block(x)
         if self.training:
-            y = y * torch.empty(y.shape[0], 1, 1, 1, dtype=y.dtype).bernoulli_(1.0)
+            y = y * torch.empty(y.shape[0], 8, 1, 1, dtype=y.dtype).bernoulli_(1.0)
             y = y * torch.bernoulli(torch.ones(y.shape[1:], dtype=y.dtype), 1.0)
         return self.leave(x + y)
+
+
+class Lowered(nn.Module):
+    """Ops that torch's own functions do not reach on every device, but lowered graphs contain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv1d(3, 8, 3, padding=1)
+        self.mix = nn.Conv1d(8, 9, 1)
+        self.late = nn.Conv1d(11, 7, 1)
+        self.leave = nn.Conv1d(7, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        aten = torch.ops.aten
+        x = aten._unsafe_view.default(self.enter(x), [x.shape[0], 8, 7])
+        x = x + aten._softmax.default(x, 1, False) - 0.1 * aten._log_softmax.default(x, 1, False)
+        x = aten._to_copy.default(x > 0, dtype=x.dtype) * x + aten.to.other(x > 1, x).type(x.dtype)
+        x = x / (aten.norm.ScalarOpt_dim(x, 2, [1], True) + aten.norm.Scalar(self.mix.weight) + 1)
+        first, rest = aten.split.sizes(torch.native_dropout(self.mix(x), 0.0, self.training)[0], [4, 5], 1)
+        x = torch.constant_pad_nd(torch.cat([rest, first.resolve_neg()], 1), [0, 0, 0, 2], 0.5)
+        return self.leave(F.relu(self.late(x)))
 
 
 class AcrossChannels(nn.Module):
@@ -195,6 +218,7 @@ MODELS: dict[str, Entry] = {
     "buffers": Entry(Buffers, normal((3, 5, 6))),
     "created": Entry(Created, normal((5,))),
     "dropouts": Entry(Dropouts, normal((3, 5, 6))),
+    "lowered": Entry(Lowered, normal((3, 7))),
     "across_channels": Entry(AcrossChannels, normal((3, 7, 8))),
     "mixer": Entry(Mixer, normal((3, 6, 8))),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,7 @@ MODELS: dict[str, Entry] = {
     "lstm": Entry(lambda: Recurrent(nn.LSTM), normal((3, 9))),
     "gru": Entry(lambda: Recurrent(nn.GRU), normal((3, 9))),
     "rnn": Entry(lambda: Recurrent(nn.RNN), normal((3, 9))),
+    "rnn_relu": Entry(lambda: Recurrent(partial(nn.RNN, nonlinearity="relu")), normal((3, 9))),
     "unrolled": Entry(Unrolled, tokens(17, (5,))),
     "twice": Entry(Twice, normal((5,))),
     "state_space": Entry(StateSpace, normal((7, 4))),

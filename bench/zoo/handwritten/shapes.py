@@ -91,7 +91,11 @@ class Turns(nn.Module):
         x = self.mix(x.movedim((2, 3), (0, 1)).swapaxes(0, 2)).moveaxis((0, 1), (2, 0)).transpose(1, 2)
         x = x.swapdims(0, 1).permute(1, 3, 0, 2)
         y = x.diagonal(0, 2, 3).mean(-1) + x.unfold(3, 3, 2).amax(-1).mean((2, 3))
-        y = y + x.triu().mean((2, 3)) + torch.tril(x, -1).squeeze().squeeze(0).sum((2, 3)) / 25
+        y = (
+            y
+            + x.triu().mean((2, 3))
+            + torch.tril(x, -1)[:, :, :, :, None, None].squeeze((4, 5)).squeeze().sum((2, 3)) / 25
+        )
         y = torch.where(y > 0, y, y.exp() - 1)
         return self.leave(F.linear(y, self.weight.T))
 
@@ -170,8 +174,8 @@ class Kron(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enter = nn.Linear(5, 12)
-        self.left, self.right = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5, 3))
+        self.enter = nn.Linear(9, 12)
+        self.left, self.right = nn.Parameter(torch.zeros(5, 6)), nn.Parameter(torch.zeros(3, 2))
         self.tall, self.flat = nn.Parameter(torch.zeros(9, 4)), nn.Parameter(torch.zeros(4, 15))
         self.u, self.v = nn.Parameter(torch.zeros(9)), nn.Parameter(torch.zeros(15))
         self.last = nn.Parameter(torch.zeros(7, 9))
@@ -193,5 +197,5 @@ MODELS: dict[str, Entry] = {
     "taken": Entry(Taken, normal((3, 7))),
     "in_place": Entry(InPlace, normal((3, 7, 9))),
     "spaces": Entry(Spaces, normal((5, 3, 4, 6))),
-    "kron": Entry(Kron, normal((5,))),
+    "kron": Entry(Kron, normal((9,))),
 }
