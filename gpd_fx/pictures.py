@@ -19,10 +19,12 @@ from gpd_fx.analysis import PRIMES, Facts
 from gpd_fx.axes import Atom, Cat, Expr
 from gpd_fx.plan import Plan
 from gpd_fx.rules.site import Value, op_name
+from gpd_fx.spans import pattern, span
 
 T = TypeVar("T")
 OPS = 80  # a graph with more ops is drawn by modules
-BOXES = 60  # as deep as there are no more boxes than that
+BOXES = 60  # as deep as there are no more boxes than that,
+FEW = 12  # or one level deeper, several modules to a box, where there would be fewer than that
 
 STATES = {
     "widened": "widened: its channels are copied",
@@ -119,7 +121,7 @@ def trace(plan: Plan, stops: Sequence[Stop]) -> tuple[Op, ...]:
             state = _state(plan, facts, node, node in follows)
             if state == "widened" and any(stop.op != "-" for stop in held):
                 state = "partly"
-            mine = [*(stop for stop in here if stop.cost or state not in ("widened", "plain")), *held]
+            mine = [*(stop for stop in here if stop.cost), *held] or (here if state != "widened" else [])
             inputs = dict.fromkeys(place[operand] for operand in node.all_input_nodes if operand in place)
             fresh = [plan.analysis.parameters[name].numel() for name in dict.fromkeys(names) if name not in used]
             used.update(names)
@@ -220,7 +222,7 @@ def boxes(ops: Sequence[Op], depth: int | None = None) -> tuple[Box, ...]:
         depth: how many levels of modules to open; beyond the deepest every op is a box. None opens as many as can be
             read on one page.
     """
-    groups = _opened(ops) if depth is None else _runs(ops, depth)
+    groups, depth = _opened(ops) if depth is None else (_runs(ops, depth), depth)
     home = {index: k for k, group in enumerate(groups) for index in group}
     out: list[Box] = []
     for k, group in enumerate(groups):
@@ -230,19 +232,24 @@ def boxes(ops: Sequence[Op], depth: int | None = None) -> tuple[Box, ...]:
                 wide = ops[operand].state in ("widened", "partly")
                 if home[operand] != k and (wide or home[operand] not in edges):
                     edges[home[operand]] = ops[operand].state
-        out.append(_box([ops[index] for index in group], edges))
+        out.append(_box([ops[index] for index in group], depth, edges))
     return tuple(out)
 
 
-def _opened(ops: Sequence[Op]) -> list[list[int]]:
+def _opened(ops: Sequence[Op]) -> tuple[list[list[int]], int]:
+    """Ops by box, as deep as can be read, and how deep that is."""
     deepest = max((op.module.count(".") + 1 for op in ops if op.module), default=0)
     if len(ops) <= OPS:
-        return _runs(ops, deepest + 1)
-    fitting = (groups for depth in range(deepest, 0, -1) if len(groups := _runs(ops, depth)) <= BOXES)
-    groups = next(fitting, _runs(ops, 1))
+        return _runs(ops, deepest + 1), deepest + 1
+    depth = 1
+    while depth < deepest and (len(_runs(ops, depth + 1)) <= BOXES or len(_runs(ops, depth)) < FEW):
+        depth += 1
     long = max(10, -(-len(ops) // BOXES))  # ops without modules between them
-    groups = [part for group in groups for part in (_chunks(group, long) if _direct(ops, group) else [group])]
-    return [[index for group in chunk for index in group] for chunk in _chunks(groups, -(-len(groups) // BOXES))]
+    groups = [
+        part for group in _runs(ops, depth) for part in (_chunks(group, long) if _direct(ops, group) else [group])
+    ]
+    together = -(-len(groups) // BOXES)
+    return [[index for group in chunk for index in group] for chunk in _chunks(groups, together)], depth
 
 
 def _chunks(items: Sequence[T], length: int) -> list[list[T]]:
@@ -268,7 +275,7 @@ def _runs(ops: Sequence[Op], depth: int) -> list[list[int]]:
     return found
 
 
-def _box(ops: Sequence[Op], edges: Mapping[int, str]) -> Box:
+def _box(ops: Sequence[Op], depth: int, edges: Mapping[int, str]) -> Box:
     first = ops[0]
     if len(ops) == 1:
         title, lines = first.module or first.name, [f"{first.op} · {first.shape}" if first.module else first.shape]
@@ -276,20 +283,29 @@ def _box(ops: Sequence[Op], edges: Mapping[int, str]) -> Box:
         counts = Counter(op.op for op in ops)
         many = ", ".join(f"{name} ×{count}" if count > 1 else name for name, count in counts.items())
         what = many if len(counts) <= 3 and len({op.module for op in ops}) == 1 else f"{len(ops)} ops"
-        title = _common([op.module for op in ops]) or what
+        title = _title([op.module for op in ops], depth) or what
         parameters = sum(op.parameters for op in ops)
         about = [what] * (title != what) + [f"{parameters:,} parameters"] * (parameters > 0)
         lines = [", ".join(about), ops[-1].shape]
     lines = [line for line in lines if line]
     own = first.name if len(ops) == 1 else ""
     reasons = dict.fromkeys(
-        text if not where or where.split()[-1] == own else f"{text} ({where})"
+        text if not where or f" {where}".endswith(f" {own}") else f"{text} ({where})"
         for op in ops
         for text, where in op.reasons
     )
     return Box(
         title, tuple(lines), _together([op.state for op in ops]), edges, any(op.stops for op in ops), tuple(reasons)
     )
+
+
+def _title(paths: Sequence[str], depth: int) -> str:
+    """The module around several ops, or all modules at `depth` that are in one box."""
+    modules = list(dict.fromkeys(".".join(path.split(".")[:depth]) for path in paths))
+    if len(modules) == 1 or depth == 0:
+        return _common(paths)
+    alike = len({pattern(module) for module in modules}) == 1
+    return span(modules) if alike else f"{modules[0] or 'ops'} … {modules[-1] or 'ops'}"
 
 
 def _common(paths: Sequence[str]) -> str:
