@@ -27,5 +27,5 @@ class Exact(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(torch.dtype, lambda dtype: _WIDE.get(dtype, dtype), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        given = pytree.tree_map_only(torch.dtype, lambda dtype: _WIDE.get(dtype, dtype), (args, kwargs or {}))
+        return func(*given[0], **given[1])
