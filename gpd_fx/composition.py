@@ -8,7 +8,7 @@ The keys of the state dict are `weights.<name>` for W and `branches.<name>.<bran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,6 +173,17 @@ class Composition(nn.Module):
         """The teacher's tensors, alpha included, and the student's, from one composition."""
         teacher, student = compose(self.layers())
         return self._named(teacher), self._named(student)
+
+    @torch.no_grad()
+    def one_by_one(self) -> Iterator[tuple[ParamPlan, Tensor, Tensor]]:
+        """Each plan with the teacher's and the student's tensor, composed alone."""
+        for slot in self._slots:
+            wide, narrow = compose([slot.layer()])
+            yield slot.plan, wide[0], narrow[0]
+
+    def wide_parameters(self) -> Iterator[tuple[ParamPlan, Tensor]]:
+        """Each plan with its parameter, without branches."""
+        return ((slot.plan, slot.weight()) for slot in self._slots)
 
     def teacher(self) -> dict[str, Tensor]:
         """Only the teacher's tensors, alpha included."""

@@ -12,9 +12,10 @@ a `Cut`, a view, and needs no index on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import TypeAlias
 
 from torch import Tensor
@@ -88,6 +89,9 @@ def take(wide: Tensor, slices: Sequence[Slice], shape: Sequence[int]) -> Tensor:
     return wide.reshape(tuple(shape))
 
 
+_BLOCK = 2**16  # elements that are made at a time
+
+
 @dataclass(frozen=True, eq=False)
 class ParamPlan:
     """The widening of one parameter; one entry a dimension in `gather`, `keep` and `alpha`, None where nothing happens.
@@ -126,6 +130,16 @@ class ParamPlan:
         """The shape of the wide parameter."""
         return tuple(n if g is None else g.numel() for n, g in zip(self.shape, self.gather, strict=True))
 
+    @property
+    def wide_numel(self) -> int:
+        """How many elements the wide parameter has."""
+        return prod(self.wide_shape)
+
+    @property
+    def scales(self) -> bool:
+        """Whether the teacher's tensor is alpha times the parameter, and not the parameter itself."""
+        return any(alpha is not None for alpha in self.alpha)
+
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """`keep` with cuts in the place of regular indices."""
@@ -135,10 +149,35 @@ class ParamPlan:
         )
 
     def widen(self, tensor: Tensor) -> Tensor:
-        """Copy the student's tensor along every widened dimension (no alpha)."""
+        """Copy the student's tensor along every widened dimension (no alpha); `tensor` itself where there is none."""
+        if all(index is None for index in self.gather):
+            return tensor
+        wide = tensor.new_empty(self.wide_shape)
+        for rows in self.blocks():
+            wide[rows] = self.rows(tensor, rows)
+        return wide
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows of the wide tensor, some at a time: what is made of a large one step by step takes little memory."""
+        step = max(1, _BLOCK * self.wide_shape[0] // max(self.wide_numel, 1))
+        return (slice(start, start + step) for start in range(0, self.wide_shape[0], step))
+
+    def rows(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Some rows of the widened tensor (no alpha)."""
         for dim, index in enumerate(self.gather):
             if index is not None:
-                tensor = tensor.index_select(dim, index.to(tensor.device))
+                tensor = tensor.index_select(dim, (index if dim else index[rows]).to(tensor.device))
+            elif dim == 0:
+                tensor = tensor[rows]
+        return tensor
+
+    def scaled_rows(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Some rows of the teacher's tensor."""
+        tensor = self.rows(tensor, rows)
+        for dim, alpha in enumerate(self.alpha):
+            if alpha is not None:
+                part = alpha if dim else alpha[rows]
+                tensor = tensor * along(part, dim, tensor.dim()).to(tensor.dtype).to(tensor.device)
         return tensor
 
     def scale(self, tensor: Tensor) -> Tensor:
@@ -146,6 +185,13 @@ class ParamPlan:
         for dim, alpha in enumerate(self.alpha):
             if alpha is not None:
                 tensor = tensor * along(alpha, dim, tensor.dim()).to(tensor.dtype).to(tensor.device)
+        return tensor
+
+    def scale_(self, tensor: Tensor) -> Tensor:
+        """As `scale`, in place."""
+        for dim, alpha in enumerate(self.alpha):
+            if alpha is not None:
+                tensor.mul_(along(alpha, dim, tensor.dim()).to(tensor.dtype).to(tensor.device))
         return tensor
 
     def student(self, tensor: Tensor) -> Tensor:

@@ -8,15 +8,15 @@ untouched batch norm or a zero layer scale hides nothing. Then the capture is co
 An error is measured as max |difference| / max |output|. Beyond the tolerance it is held against the conditioning of the
 model: what a change of its input by one unit in the last place does.
 
-Where both networks would take more than `LARGE` bytes in float64, the graphs are compared in float32. What rounding may
-do is then the model's own rounding error, which its float64 result tells: the wide graph may be `_ROOM` times as far
-from that as the model itself is. No more than the tensors of both networks is held at a time.
+Where both networks would take too many bytes in float64 (`gpd_fx.precision.LARGE`), the graphs are compared in float32.
+What rounding may do is then the model's own rounding error, which its float64 result tells: the wide graph may be
+`_ROOM` times as far from that as the model itself is. No more than the tensors of both networks is held at a time.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from gpd_fx.locate import first_difference
 from gpd_fx.passes.widen import EXACT
 from gpd_fx.paths import fetch
 from gpd_fx.plan import Plan
-from gpd_fx.precision import DOUBLE, SINGLE, Precision, deterministic
+from gpd_fx.precision import DOUBLE, SINGLE, Precision, deterministic, precision_for
 from gpd_fx.precision import is_random as is_random
 from gpd_fx.private import OpOverload, copy_graph, flat_inputs, schema
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from gpd_fx.expansion import Draft
     from gpd_fx.teacher import DynamicTeacher
 
-LARGE = 2 * 2**30  # bytes of both networks in float64 from which on float32 is used
 TOLERANCE = 1e-9
 _CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
 _ROOM = 30.0  # in float32, times the model's own rounding error: wide sums are longer, and ordered otherwise
@@ -55,11 +54,10 @@ _ADVICE = (
 )
 
 
-def precision_for(plan: Plan) -> Precision:
-    """float64, or float32 for networks that are large."""
+def elements(plan: Plan) -> int:
+    """How many parameters both networks have, branches apart."""
     parameters = plan.analysis.parameters
-    both = sum(p.numel() for p in parameters.values()) + sum(plan.tensors[name].wide_numel for name in parameters)
-    return SINGLE if both * 8 > LARGE else DOUBLE
+    return sum(p.numel() for p in parameters.values()) + sum(plan.tensors[name].wide_numel for name in parameters)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,8 @@ class _Source:
         for target, value in self._values():
             if id(value) not in wide:
                 shaped = plan.tensors[plan.analysis.canonical.get(target) or f"{key}:{target}"]
-                wide[id(value)] = shaped.scale(shaped.widen(self._make(target, value, {}, precision)))
+                made = self._make(target, value, {}, precision)
+                wide[id(value)] = shaped.scale_(shaped.widen(made)) if shaped.scales else shaped.widen(made)
             out[target] = wide[id(value)]
         return out
 
@@ -105,8 +104,7 @@ def _perturb(tensor: Tensor, seed: int) -> Tensor:
     real = tensor.real.dtype if tensor.is_complex() else tensor.dtype
     generator = torch.Generator().manual_seed(seed)
     factor = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).add_(0.5).to(tensor.device, real)
-    changed = tensor * factor
-    return torch.where(changed == 0, factor.mul_(0.1), changed)
+    return factor.mul_(tensor.masked_fill(tensor == 0, 0.1)) if not tensor.is_complex() else factor * tensor
 
 
 def _copy_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -141,7 +139,7 @@ def check_expansion(
         VerificationError: an error beyond the tolerance; names the mode and the first node that differs.
     """
     worst = 0.0
-    precision = precision or precision_for(plan)
+    precision = precision or precision_for(elements(plan))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for mode in captures:
@@ -199,7 +197,7 @@ def _written(module: fx.GraphModule) -> set[str]:
     """The attributes that a graph may write to: running statistics, and whatever an in-place op goes back to."""
     found: set[str] = set()
     for node in module.graph.nodes:
-        if isinstance(node.target, OpOverload) and (schema(node.target).is_mutable or "batch_norm" in str(node.target)):
+        if isinstance(node.target, OpOverload) and (schema(node.target).is_mutable or _tracks(node.target)):
             todo: list[fx.Node] = list(node.all_input_nodes)
             while todo:
                 operand = todo.pop()
@@ -208,6 +206,11 @@ def _written(module: fx.GraphModule) -> set[str]:
                 elif operand.op == "call_function" and operand.args and isinstance(operand.args[0], fx.Node):
                     todo.append(operand.args[0])
     return found
+
+
+def _tracks(op: OpOverload) -> bool:
+    """Whether an op updates running statistics, though its schema does not say so."""
+    return any(name in str(op) for name in ("batch_norm", "instance_norm"))
 
 
 def _constants(module: nn.Module, given: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
@@ -270,10 +273,12 @@ class _Check:
 
     def _where(self, precision: Precision) -> str:
         plain, wide = (_prepared(graph, precision)[0] for graph in (self.capture, self.graph))
-        tensors = self.source.tensors(precision), self.source.widened(self.plan, self.mode, precision)
-        full = [_constants(g, t, precision) | t for g, t in zip((plain, wide), tensors, strict=True)]
+        tensors = self.source.tensors(precision)
+        copies = self.source.widened(self.plan, self.mode, precision)
+        tensors |= _constants(plain, tensors, precision)
+        copies |= _constants(wide, copies, precision)
         tolerance = TOLERANCE if precision is DOUBLE else 1e-4
-        return first_difference(self.plan, self.mode, plain, wide, *full, self.inputs, tolerance)
+        return first_difference(self.plan, self.mode, plain, wide, tensors, copies, self.inputs, tolerance)
 
 
 def _nudged(inputs: Any, precision: Precision) -> Any:
@@ -316,7 +321,9 @@ def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
     student = dict(model.named_parameters())
     for plan, wide, narrow in teacher.composition.one_by_one():
         tensor = student[plan.name].detach()
-        if not torch.equal(narrow, tensor) or not torch.equal(wide, plan.scale(plan.widen(tensor))):
+        same = torch.equal(wide, tensor) if not plan.shape else wide.shape == plan.wide_shape
+        same = same and all(torch.equal(wide[r], plan.scaled_rows(tensor, r)) for r in plan.blocks())
+        if not same or not torch.equal(narrow, tensor):
             raise VerificationError(
                 f"the composed tensors of {plan.name!r} differ from the model's; please report this"
             )
@@ -336,19 +343,20 @@ def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
         with _scaled(teacher, student) as tensors:
             outputs["teacher"] = teacher.run_teacher(tensors, *args, **kwargs)
     teacher.train(was_training)
-    limit = max(_ROUNDINGS * torch.finfo(parameter.dtype).eps, TOLERANCE)
+    coarsest = max([parameter.dtype, *_float_dtypes(graph)], key=lambda dtype: torch.finfo(dtype).eps)
+    limit = max(_ROUNDINGS * torch.finfo(coarsest).eps, TOLERANCE)
     for role, output in outputs.items():
         error = relative_error(expected, output)
         if error > limit:
             raise VerificationError(
                 f"the finished dynamic teacher's {role} differs from {type(model).__name__} by {error:.1e} of its "
-                f"output in eval mode, more than rounding in {parameter.dtype} explains ({limit:.1e}). Either the "
+                f"output in eval mode, more than rounding in {coarsest} explains ({limit:.1e}). Either the "
                 "model keeps state that is neither parameter nor buffer, or this is a fault of gpd_fx; please report it"
             )
 
 
 @contextmanager
-def _scaled(teacher: DynamicTeacher, student: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _scaled(teacher: DynamicTeacher, student: Mapping[str, Tensor]) -> Generator[dict[str, Tensor]]:
     """The tensors of the wide graph while all branches are zero, without memory of their own.
 
     Meanwhile the parameters hold alpha times what they are; afterwards they get their values back from the student's.
@@ -362,8 +370,14 @@ def _scaled(teacher: DynamicTeacher, student: Mapping[str, Tensor]) -> Iterator[
         yield {name: weight for name, (_, weight) in weights.items()}
     finally:
         for name, (plan, weight) in weights.items():
-            if plan.scales:
-                weight.copy_(plan.widen(student[name].detach()))
+            for rows in plan.blocks() if plan.scales else ():
+                weight[rows] = plan.rows(student[name].detach(), rows)
+
+
+def _float_dtypes(graph: fx.GraphModule) -> set[torch.dtype]:
+    """The dtypes that a graph computes in: parts of a float64 model may cast to float32."""
+    values = [node.meta.get("val") for node in graph.graph.nodes]
+    return {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
 
 
 def verify(
