@@ -7,15 +7,17 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 ZOO_ARGS ?= core
+FUZZ_ARGS ?= --graphs 20000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: help demo test zoo lint format venv clean
+.PHONY: help demo test zoo fuzz lint format venv clean
 
 help:
 	@echo 'make demo    the whole path on handwritten digits: expand, train, fold, export (writes ./gpd-demo)'
 	@echo 'make test    the tests'
 	@echo 'make zoo     whole models of torchvision and timm in float64; goes on where it stopped (zoo.jsonl)'
+	@echo 'make fuzz    20,000 random models in float64; FUZZ_ARGS="--graphs 1000 --seed 3" takes others'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  let ruff rewrite the code'
 	@echo 'make venv    only the virtual environment with everything in it'
@@ -29,6 +31,9 @@ test: $(VENV)/.dev
 
 zoo: $(VENV)/.dev
 	$(BIN)/python -m bench.zoo $(ZOO_ARGS)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m bench.fuzz $(FUZZ_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

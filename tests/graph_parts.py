@@ -121,7 +121,8 @@ class Builder:
         for result in results:
             top = result.abs().max().item() if result.numel() else float("nan")
             fits = result.numel() / result.shape[0] <= _LIMIT and result.shape[0] == self.values[0].shape[0]
-            if not fits or not 1e-2 < top < 1e2 or not 2 <= result.dim() <= 5:
+            double = result.dtype == torch.float64  # tolerances are those of double precision
+            if not fits or not double or not 1e-2 < top < 1e2 or not 2 <= result.dim() <= 5:
                 raise UnfitError
         self.values += results
         self.parts.append(part)

@@ -2,24 +2,26 @@
 
 A `Program` is plain data: an input and a list of steps, each an op's name and a few numbers. Building it means to walk
 along the steps with real tensors; a step that fits none of the values there is left out, so every program is a model,
-and hypothesis shrinks one by dropping steps and lowering numbers. Numbers choose among options, the plainest first.
+and one is made smaller by dropping steps and lowering numbers. Numbers choose among options, the plainest first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from random import Random
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests import graph_layers, graph_ops
+from tests import graph_layers, graph_ops, graph_places, graph_products
 from tests.graph_parts import OPS, WEIGHTS, Builder, Part, UnfitError, fill
 
-assert len(OPS) == len({*vars(graph_layers), *vars(graph_ops)} & set(OPS))  # importing them registers the ops
+_MODULES = (graph_layers, graph_ops, graph_places, graph_products)
+assert set(OPS) <= {name for module in _MODULES for name in vars(module)}  # importing them registers the ops
 PICKS = 8
+NUMBERS = 24
 _INPUTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "image": ((3, 8, 8),),
     "tokens": ((6, 5),),
@@ -28,6 +30,7 @@ _INPUTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "image and vector": ((3, 6, 6), (5,)),
     "line": ((3, 12),),
 }
+SOURCES = tuple(_INPUTS)
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,14 @@ def example(program: Program, batch: int, seed: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
 
 
-_NUMBERS = st.tuples(*[st.integers(0, 23)] * PICKS)
-_STEPS = st.builds(Step, st.sampled_from([name for name in OPS for _ in range(WEIGHTS[name])]), _NUMBERS)
+_DRAWN = [name for name in OPS for _ in range(WEIGHTS[name])]
 
 
-def programs(most: int = 10) -> st.SearchStrategy[Program]:
-    """Programs of up to `most` steps."""
-    return st.builds(
-        Program,
-        st.sampled_from(sorted(_INPUTS, key=list(_INPUTS).index)),
-        _NUMBERS,
-        st.lists(_STEPS, min_size=1, max_size=most).map(tuple),
-        _NUMBERS,
-        st.integers(0, 3),
-    )
+def draw_program(random: Random, most: int = 10) -> Program:
+    """A program of up to `most` steps, rather few than many."""
+
+    def numbers() -> tuple[int, ...]:
+        return tuple(random.randrange(NUMBERS) for _ in range(PICKS))
+
+    steps = tuple(Step(random.choice(_DRAWN), numbers()) for _ in range(random.randint(1, random.randint(1, most))))
+    return Program(random.choice(SOURCES), numbers(), steps, numbers(), random.randrange(4))

@@ -1,21 +1,12 @@
 """Laws of expand and fold on random models.
 
-The default run takes a few dozen models, the same ones every time. With GPD_FX_FUZZ=N it takes N, drawn anew each time:
-
-    GPD_FX_FUZZ=1000 python -m pytest tests/test_random_graphs.py -k laws
-
-A model takes about a second. A failure prints the smallest program that shows it; `RandomNet(program)` is the model.
+These are a few dozen models, the same ones every time, and each op that models are drawn from. `python -m bench.fuzz`
+takes as many as one likes, and prints each failure as the smallest model that shows it.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import os
-import warnings
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -23,213 +14,53 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 import gpd_fx
-from gpd_fx import expansion
-from gpd_fx.analysis import Analysis
-from gpd_fx.layout import ParamPlan
+from gpd_fx.axes import Expr, Widening
 from gpd_fx.passes import Branch, Fold, Merge, Pipeline, Widen
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.rules.effects import Linear
 from gpd_fx.verify import relative_error
-from tests.graph_parts import OPS
-from tests.graphs import PICKS, Program, RandomNet, Step, example, programs
+from tests import test_regressions
+from tests.graph_check import RATIOS, Setting, WrongError, check, nudge
+from tests.graph_laws import check_laws, check_outputs, check_step, close, expand, quiet, same_state
+from tests.graph_parts import OPS, WEIGHTS
+from tests.graph_shrink import as_code, shrink
+from tests.graph_trials import draw_trial
+from tests.graphs import NUMBERS, PICKS, SOURCES, Program, RandomNet, Step, example
 
-FUZZ = int(os.environ.get("GPD_FX_FUZZ", "0"))
-FREEZING = {"channel_conv", "local_response_norm", "pick", "pixel_shuffle", "rearrange", "recurrent"}
+FREEZING = {"channel_conv", "local_response_norm", "ordered", "pick", "pixel_shuffle", "rearrange"}
 Test = TypeVar("Test", bound=Callable[..., None])
-TOLERANCE = 1e-9
-RATIOS = (2.0, 3.0, 1.5, 1.3)
+_NUMBERS = st.tuples(*[st.integers(0, NUMBERS - 1)] * PICKS)
+_STEPS = st.builds(Step, st.sampled_from([name for name in OPS for _ in range(WEIGHTS[name])]), _NUMBERS)
+_PROGRAMS = st.builds(
+    Program,
+    st.sampled_from(SOURCES),
+    _NUMBERS,
+    st.lists(_STEPS, min_size=1, max_size=10).map(tuple),
+    _NUMBERS,
+    st.integers(0, 3),
+)
 
 
 def amount(examples: int) -> Callable[[Test], Test]:
-    """So many models by default; with GPD_FX_FUZZ=N, N times as many as a fortieth of that, drawn anew."""
+    """So many models, the same ones every time."""
     return settings(
-        max_examples=max(FUZZ * examples // 40, 1) if FUZZ else examples,
-        derandomize=not FUZZ,
+        max_examples=examples,
+        derandomize=True,
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
-@contextmanager
-def watched() -> Generator[list[Analysis]]:
-    """The analyses made inside."""
-    made: list[Analysis] = []
-
-    def analyse(*args: Any, **kwargs: Any) -> Analysis:
-        made.append(original(*args, **kwargs))
-        return made[-1]
-
-    original = expansion.analyse
-    with mock.patch.object(expansion, "analyse", analyse):
-        yield made
-
-
-@contextmanager
-def quiet() -> Generator[None]:
-    """Without the warnings that such models give rise to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", gpd_fx.GPDWarning)  # nothing widens
-        warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
-        yield
-
-
-def close(expected: Any, actual: Any, nudged: Callable[[], Any], what: str) -> None:
-    """Within the tolerance, or within what one unit in the last place of the inputs does to the model."""
-    error = relative_error(expected, actual)
-    if error > TOLERANCE:
-        conditioning = relative_error(expected, nudged())
-        assert error <= 100 * conditioning, f"{what}: {error:.1e}, one unit in the last place makes {conditioning:.1e}"
-
-
-def nudge(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x * (1 + 2.0**-52) if x.is_floating_point() else x for x in inputs)
-
-
-def total(output: Any) -> Tensor:
-    """A scalar that depends on every element of an output in its own way."""
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return torch.stack(
-        [(leaf * torch.arange(1.0, leaf.numel() + 1).sin().view_as(leaf)).sum() for leaf in leaves]
-    ).sum()
-
-
-def gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """By parameter; zeros where there is none."""
-    model.zero_grad()
-    total(model(*inputs)).backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-
-
-def summed(plan: ParamPlan, grad: Tensor) -> Tensor:
-    """The gradient of all copies of each element together."""
-    for dim, index in enumerate(plan.gather):
-        if index is not None:
-            shape = [n if d != dim else plan.shape[dim] for d, n in enumerate(grad.shape)]
-            grad = torch.zeros(shape, dtype=grad.dtype).index_add_(dim, index, grad)
-    return grad
-
-
-def same_state(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    assert list(left) == list(right)
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
-
-
-def check_outputs(model: nn.Module, teacher: DynamicTeacher, program: Program) -> None:
-    """Teacher, student and model agree in both modes on other batches; the student's statistics are the model's."""
-    model, teacher = copy.deepcopy(model), copy.deepcopy(teacher)
-    # torch refuses statistics over one value, which a batch of one may leave
-    alone = not any(
-        isinstance(m, nn.GroupNorm) or (isinstance(m, nn.BatchNorm1d) and not m.track_running_stats)
-        for m in model.modules()
-    )
-    for training, batch in ((False, 5), (True, 4), *([(False, 1)] if alone else [])):
-        model.train(training)
-        teacher.train(training)
-        inputs, rough = example(program, batch, batch), copy.deepcopy(model)
-        with torch.no_grad():
-            expected = model(*inputs)
-            for role, output in zip(("teacher", "student"), teacher.both(*inputs), strict=True):
-                assert pytree.tree_structure(expected) == pytree.tree_structure(output)
-                what = f"the {role} in {'train' if training else 'eval'} mode, on a batch of {batch}"
-                close(expected, output, partial(copy.deepcopy(rough), *nudge(inputs)), what)
-    narrow = dict(teacher.skeleton.named_buffers())
-    for name, buffer in model.named_buffers():
-        assert relative_error(buffer, narrow[name]) <= TOLERANCE, name
-
-
-def check_gradients(model: nn.Module, teacher: DynamicTeacher, program: Program) -> None:
-    """The student's gradient lies in its slice; the copies' gradients of the teacher sum to the model's."""
-    model, teacher = copy.deepcopy(model).eval(), copy.deepcopy(teacher).eval()
-    inputs = example(program, 3, 2)
-    expected = gradients(model, inputs)
-    plans = {plan.name: plan for plan in teacher.composition.plans}
-    found: dict[str, dict[str, Tensor]] = {}
-    for role in ("student", "teacher"):
-        teacher.zero_grad()
-        total(teacher(*inputs, role=role)).backward()
-        grads = {n: p.grad for n, p in teacher.composition.weights.named_parameters()}
-        found[role] = {n: torch.zeros(plans[n].wide_shape) if g is None else g for n, g in grads.items()}
-    scale = max((g.abs().max().item() for g in expected.values()), default=0.0)
-    flat = torch.cat([g.flatten() for g in expected.values()])
-    if not math.isfinite(scale) or scale == 0:
-        return
-    narrow = torch.cat([plans[n].student(found["student"][n]).flatten() for n in expected])
-    assert relative_error(flat, narrow) <= TOLERANCE
-    outside = sum(found["student"][n].abs().sum() - plans[n].student(found["student"][n]).abs().sum() for n in expected)
-    assert abs(float(outside)) <= TOLERANCE * scale
-    wide = torch.cat([summed(plans[n], found["teacher"][n]).flatten() for n in expected])
-
-    def nudged() -> Tensor:
-        return torch.cat([g.flatten() for g in gradients(model, nudge(inputs)).values()])
-
-    close(flat, wide, nudged, "the gradient of the teacher")
-
-
-def check_step(program: Program, teacher: DynamicTeacher) -> DynamicTeacher:
-    """After a step with both losses the folded student is the teacher's student, and loads into a fresh model."""
-    teacher = copy.deepcopy(teacher).train()
-    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05)
-    wide, narrow = teacher.both(*example(program, 4, 3))
-    (total(wide) + total(narrow)).backward()
-    norm = torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-    if torch.isfinite(norm):
-        optimizer.step()
-    teacher.eval()
-    student = gpd_fx.fold(teacher)
-    fresh = RandomNet(program).eval()
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.zero_()
-        fresh.load_state_dict(student.state_dict(), strict=True)
-        inputs = example(program, 3, 4)
-        expected = teacher.student(*inputs)
-        assert relative_error(expected, student(*inputs)) <= TOLERANCE
-        assert relative_error(expected, fresh(*inputs)) <= TOLERANCE
-    return teacher
-
-
-def check_copies(teacher: DynamicTeacher, program: Program) -> None:
-    """A deep copy is as good, and a cast works."""
-    inputs = example(program, 2, 5)
-    twin = copy.deepcopy(teacher).eval()
-    with torch.no_grad():
-        assert relative_error(teacher.eval()(*inputs), twin(*inputs)) == 0
-        single = twin.to(torch.float32)
-        cast = tuple(x.float() if x.is_floating_point() else x for x in inputs)
-        for out in single.both(*cast):
-            leaves = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-            assert all(leaf.dtype == torch.float32 for leaf in leaves)
-    assert next(teacher.parameters()).dtype == torch.float64
-
-
-def expand(program: Program, ratio: float) -> tuple[RandomNet, DynamicTeacher]:
-    model = RandomNet(program)
-    with watched() as analyses:
-        teacher = gpd_fx.expand(model, ratio, example(program, 2, 0))
-    (analysis,) = analyses
-    faults = [fault for fault in analysis.faults if "'int' and 'Node'" not in fault.text]  # groups are the batch's size
-    assert not faults
-    return model, teacher
-
-
 @amount(40)
-@given(programs(), st.sampled_from(RATIOS))
+@given(_PROGRAMS, st.sampled_from(RATIOS))
 def test_laws(program: Program, ratio: float) -> None:
-    with quiet():
-        model, teacher = expand(program, ratio)
-        same_state(model.state_dict(), gpd_fx.fold(teacher).state_dict())
-        check_outputs(model, teacher, program)
-        check_gradients(model, teacher, program)
-        check_step(program, teacher)
-        check_copies(teacher, program)
+    check_laws(program, ratio)
 
 
 @amount(8)
-@given(programs(), st.sampled_from(RATIOS))
+@given(_PROGRAMS, st.sampled_from(RATIOS))
 def test_laws_of_saving(tmp_path_factory: pytest.TempPathFactory, program: Program, ratio: float) -> None:
     with quiet():
         teacher = check_step(program, expand(program, ratio)[1])
@@ -248,7 +79,7 @@ def test_laws_of_saving(tmp_path_factory: pytest.TempPathFactory, program: Progr
 
 
 @amount(8)
-@given(programs(), st.sampled_from(RATIOS))
+@given(_PROGRAMS, st.sampled_from(RATIOS))
 def test_laws_of_passes(program: Program, ratio: float) -> None:
     """Widening, branching, merging and folding a captured graph gives the graph."""
     with quiet():
@@ -268,7 +99,7 @@ def test_laws_of_passes(program: Program, ratio: float) -> None:
 def test_every_op(name: str) -> None:
     """Each op of the generator does apply, is exact, and lets channels widen unless it is known not to."""
     zeros = (0,) * PICKS
-    for source in ("image", "tokens", "vector"):
+    for source in ("image", "line", "tokens", "vector"):
         program = Program(source, zeros, (Step(name, zeros),), zeros)
         if name in RandomNet(program).names:
             with quiet():
@@ -285,3 +116,52 @@ def test_programs_build_the_same_model_twice() -> None:
     assert len(first.names) > 30
     assert first.names == second.names
     same_state(first.state_dict(), second.state_dict())
+
+
+def test_trials_are_the_same_ones_each_time() -> None:
+    assert draw_trial(3, 5) == draw_trial(3, 5)
+    assert draw_trial(3, 5) != draw_trial(3, 6)
+    assert draw_trial(4, 5) != draw_trial(3, 5)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 24])
+def test_trials_pass(number: int) -> None:
+    trial = draw_trial(0, number)
+    assert trial.modes == (("eval", "train") if number % 4 == 0 else ("eval",))
+    assert trial.laws == (number == 24)
+    found = trial.run()
+    assert found.nodes > 2
+    assert found.ops
+
+
+def test_a_wrong_share_is_found_made_small_and_written_down() -> None:
+    """With all shares alpha one, every contraction of widened channels is wrong."""
+
+    def ones(widening: Widening, expr: Expr) -> Tensor:
+        return torch.ones(widening.size(expr), dtype=torch.float64)
+
+    trial = next(t for t in (draw_trial(0, k) for k in range(50)) if len(t.program.steps) > 5)
+    trial.run()
+    with mock.patch.object(Widening, "alpha", ones):
+        with pytest.raises(WrongError, match="wrong in eval mode"):
+            trial.run()
+        small = shrink(trial)
+    assert small.program.steps == ()
+    assert small.settings == (Setting(2.0),)
+    assert small.modes == ("eval",)
+    small.run()
+    text = as_code(small, "shares")
+    found: dict[str, Any] = {}
+    exec(text, vars(test_regressions) | found, found)
+    found["test_shares"]()
+    with mock.patch.object(Widening, "alpha", ones), pytest.raises(WrongError):
+        found["test_shares"]()
+
+
+def test_conditioning_does_not_hide_a_wrong_ratio() -> None:
+    """A sum over channels that is not divided by the number of copies."""
+    program = Program("image", (0,) * PICKS, (Step("reduce", (0, 0, 0, 1, 0, 0, 0, 0)),), (0,) * PICKS)
+    model = RandomNet(program).eval()
+    with mock.patch.object(Linear, "apply"), pytest.raises(WrongError):
+        check(model, lambda batch: example(program, batch, batch))
+    check(model, lambda batch: example(program, batch, batch))

@@ -1,0 +1,53 @@
+"""Models that were once widened wrongly, or not at all, as small as they could be made.
+
+`python -m bench.fuzz` prints what it finds in the form in which it is kept here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpd_fx.capture import Mode
+from gpd_fx.ratios import Ratio
+from tests.graph_check import Asked, check
+
+aten: Any = torch.ops.aten
+
+
+def _values(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape) + sum(shape))
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return noise / max(prod(shape[1:]), 1) ** 0.5 if len(shape) > 1 else 1 + 0.2 * noise
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(_values(*shape))
+
+
+def table(*shape: int) -> nn.Buffer:
+    return nn.Buffer(_values(*shape))
+
+
+def integers(values: Any) -> nn.Buffer:
+    return nn.Buffer(torch.tensor(values))
+
+
+def widens_exactly(
+    model: nn.Module,
+    *shapes: tuple[int, ...],
+    ratio: Ratio = 2.0,
+    exclude: Sequence[str] = (),
+    modes: Sequence[Mode] = ("eval",),
+) -> None:
+    """Widening changes nothing; `shapes` are those of the inputs, without the batch."""
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(batch)
+        return tuple(torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+    check(model, inputs, (Asked(ratio, tuple(exclude)),), modes)
