@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.zoo.models import GROUPS
 from bench.zoo.page import markdown, summary
+from bench.zoo.plot import draw
 from bench.zoo.worker import Worker
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", help=__doc__)
@@ -35,6 +36,7 @@ def sweep(
     memory: Annotated[float, typer.Option(help="GiB for all processes together; 0: what the machine has.")] = 0.0,
     timeout: Annotated[float, typer.Option(help="Seconds a model may take.")] = 1800.0,
     page: Annotated[Path | None, typer.Option(help="Also write the table as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw seconds over nodes (.svg or .png).")] = None,
     fresh: Annotated[bool, typer.Option(help="Run models again that have a result.")] = False,
 ) -> None:
     """Check models and print what was found."""
@@ -86,6 +88,8 @@ def sweep(
     Console().print(summary(records))
     if page is not None:
         page.write_text(markdown(records), encoding="utf-8")
+    if plot is not None:
+        draw(records, plot)
     bad = [record["name"] for record in records if not record["exact"]]
     typer.echo(f"{len(records) - len(bad)} passed, {len(bad)} failed{': ' if bad else ''}{', '.join(bad)}")
     raise typer.Exit(1 if bad else 0)

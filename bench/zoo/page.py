@@ -10,19 +10,21 @@ from typing import Any
 
 from rich.table import Table
 
+from bench.zoo.plot import in_words
+
 Records = Sequence[dict[str, Any]]
 
 _INTRODUCTION = """# Models expanded
 
-Made by `make zoo ZOO_ARGS="all --page docs/zoo.md"`{versions}. Every parameter and buffer is random, everything is
-float64, batches differ from the example's. Errors are the largest |difference| / |output| of teacher and student over
-the ratios 2, 3 and 1.5 (fewer where memory asks for it, as the last column says) with the default branches: in eval
-mode, and in train mode with dropout and stochastic depth at zero. *exact* means that all are within 1e-9, or within 100
-times what one unit in the last place of the input does to the model. *fold* is the folded student against the teacher's
-after a training step, *ONNX* the folded student in ONNX Runtime in float32; both were taken of the models that the
-continuous integration runs (`core`). *coverage* is the share of parameters on a widened axis and *parameters* the
-teacher's, branches apart, both at ratio 2. *rewrite/capture* compares the processor time of analysis, planning and
-rewriting with that of the two captures.
+Made by `make zoo ZOO_ARGS="core"` and then `make zoo ZOO_ARGS="all --no-step --page docs/zoo.md --plot docs/zoo.svg"`
+{versions}. Every parameter and buffer is random, everything is float64, batches differ from the example's. Errors are
+the largest |difference| / |output| of teacher and student over the ratios 2, 3 and 1.5 (fewer where memory asks for it,
+as the last column says) with the default branches: in eval mode, and in train mode with dropout and stochastic depth at
+zero. *exact* means that all are within 1e-9, or within 100 times what one unit in the last place of the input does to
+the model. *fold* is the folded student against the teacher's after a training step, *ONNX* the folded student in ONNX
+Runtime in float32; both are taken of the models that the continuous integration runs (`core`). *coverage* is the share
+of parameters on a widened axis and *parameters* the teacher's, branches apart, both at ratio 2. *rewrite/capture*
+compares the processor time of analysis, planning and rewriting with that of the two captures.
 
 """
 _SUITES = {
@@ -89,6 +91,7 @@ def markdown(records: Records) -> str:
                 f"{max(map(cost, sound)):.2f}",
             )
             text += f"| {' | '.join(map(str, cells))} |\n"
+    text += f"\n{in_words(records)}\n\n![seconds over nodes](zoo.svg)\n"
     for key, mine in suites.items():
         if mine:
             text += f"\n## {_SUITES[key]}\n\n{_table(mine)}{_explained(mine)}"
@@ -134,7 +137,7 @@ def _versions() -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return f" with Python {platform.python_version()}, {', '.join(found)}"
+    return f"with Python {platform.python_version()}, {', '.join(found)}"
 
 
 def _worst(errors: dict[str, float]) -> str:
