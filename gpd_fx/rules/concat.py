@@ -20,7 +20,12 @@ def cat(site: Site) -> Value:
 
 def join_along(dim: int) -> Rule:
     """hstack and its kin, for tensors that have the dimension already."""
-    return lambda site: _join(site, 0 if dim == 1 and len(site.out_shape) == 1 else dim)
+
+    def rule(site: Site) -> Value:
+        """vstack, hstack, dstack, column_stack: cat, for tensors that have the dimension already."""
+        return _join(site, 0 if dim == 1 and len(site.out_shape) == 1 else dim)
+
+    return rule
 
 
 def _join(site: Site, dim: int) -> Value:

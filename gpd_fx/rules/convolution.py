@@ -16,6 +16,7 @@ def convolution(dims: int, *, transposed: bool = False) -> Rule:
     """conv, conv_transpose: groups, inputs and outputs of the weight; a dimension passes if the kernel is a point."""
 
     def rule(site: Site) -> Value:
+        """conv, conv_transpose: groups and channels of the weight; a dimension passes if the kernel is a point."""
         return _rule(transposed, tuple(_passes(site, dim, dims) for dim in range(dims)))(site)
 
     return rule

@@ -21,6 +21,7 @@ def recurrent(gates: int) -> Rule:
     """The rule of a recurrent op with so many gates: hidden units are free, time and batch stay."""
 
     def rule(site: Site) -> Value:
+        """lstm, gru, rnn: hidden units are free, time and batch stay."""
         return _apply(site, gates)
 
     return rule

@@ -95,6 +95,7 @@ def fixed(text: str) -> Rule:
             return site.results([frozen(shape[d]) if d in dims else axis for d, axis in enumerate(axes)])
         return site.results([axis for d, axis in enumerate(axes) if d not in dims])
 
+    rule.__doc__ = f"Along dimensions that stay as they are: {text}."
     return rule
 
 
@@ -107,6 +108,7 @@ def statistics(site: Site, axes: Axes, dims: list[int]) -> tuple[Expr, ...]:
 
 def _softmax(log: bool) -> Rule:
     def rule(site: Site) -> Value:
+        """softmax, log_softmax: of m copies of each element the result is m times too small."""
         axes = site.axes(site.arg("self"))
         site.effects.append(Softmax(statistics(site, axes, _dims(site, axes)), log))
         return axes
