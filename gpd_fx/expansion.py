@@ -112,6 +112,12 @@ def make_teacher(
     if not plan.widening.copies and draft.ratio != 1:
         warnings.warn(f"nothing in {type(study.model).__name__} widens; see report()", GPDWarning, stacklevel=3)
         report = replace(report, notes=(*report.notes, "nothing widens: the dynamic teacher has the student's width"))
+    empty = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+    if verify and empty is not None:
+        raise ArgumentError(
+            f"parameter {empty!r} is on the meta device and has no values to verify with; load the weights first, or "
+            "see what would widen with inspect_model"
+        )
     if verify:
         report = replace(report, max_error=check_expansion(plan, study.captures, draft.graphs, draft))
     composition = Composition(plans, parameters, trainable, branches, draft.seed)
@@ -236,7 +242,7 @@ def _check_values(model: nn.Module) -> None:
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise InputError("the model has lazy parameters; call it once on example inputs before expanding it")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             count = int((~torch.isfinite(parameter)).sum())
             raise ArgumentError(f"parameter {name!r} has {count} values that are NaN or infinite; load sound weights")
 

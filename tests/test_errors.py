@@ -45,6 +45,14 @@ def model(randomise: Randomise) -> nn.Module:
 # ------------------------------------------------------------------------------------------------- arguments
 
 
+def test_a_model_without_values_can_only_be_inspected() -> None:
+    with torch.device("meta"):
+        model, x = Net(), images()
+    assert gpd_fx.inspect_model(model, 2.0, (x,)).coverage > 0.9
+    with pytest.raises(ArgumentError, match=r"parameter 'conv\.weight' is on the meta device .* inspect_model"):
+        gpd_fx.expand(model, 2.0, (x,))
+
+
 @pytest.mark.parametrize(
     ("ratio", "message"),
     [

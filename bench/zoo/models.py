@@ -88,7 +88,7 @@ GROUPS: dict[str, Callable[[], tuple[str, ...]]] = {
     "hf": _hugging_face,
     "torchvision": _torchvision,
     "timm": _timm,
-    "all": lambda: tuple(dict.fromkeys(n for group in (_own, _hugging_face, _torchvision, _timm) for n in group())),
+    "all": lambda: tuple(dict.fromkeys([*_own(), *_hugging_face(), *_torchvision(), *_timm(), *CORE])),
 }
 
 
