@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import optical_flow, segmentation, video
 from torchvision.models.detection import backbone_utils
+from torchvision.models.optical_flow import raft
+from torchvision.models.video import mvit
 
 from bench.zoo.entry import Entry, normal
 
@@ -50,11 +53,33 @@ _VIDEO = {  # frames, height and width
     "r3d_18": (4, 32, 32),
     "mc3_18": (4, 32, 32),
     "r2plus1d_18": (4, 32, 32),
-    "s3d": (16, 64, 64),
+    "s3d": (16, 224, 224),  # the last pooling takes no less
     "swin3d_t": (4, 64, 64),
-    "mvit_v1_b": (16, 224, 224),  # position tables of this size
-    "mvit_v2_s": (16, 224, 224),
 }
+
+
+def _small_mvit(name: str) -> nn.Module:
+    """With position tables for clips of 4 frames of 64 x 64; the zoo's are for 16 of 224 x 224."""
+    full: Callable[..., nn.Module] = vars(mvit)["_mvit"]
+
+    def small(**options: Any) -> nn.Module:
+        return full(**(options | {"spatial_size": (64, 64), "temporal_size": 4}))
+
+    with patch.object(mvit, "_mvit", small):
+        return getattr(video, name)(weights=None)
+
+
+class Flow(nn.Module):
+    """RAFT with two steps of refinement, and its grid, which is always float32, in the images' dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raft = optical_flow.raft_small(weights=None)
+
+    def forward(self, first: Tensor, second: Tensor) -> list[Tensor]:
+        grid = raft.make_coords_grid
+        with patch.object(raft, "make_coords_grid", lambda *args, **options: grid(*args, **options).to(first.dtype)):
+            return self.raft(first, second, num_flow_updates=2)
 
 
 def _mobilenet_fpn() -> nn.Module:
@@ -67,9 +92,11 @@ MODELS: dict[str, Entry] = {
         f"torchvision:video.{name}": _entry(getattr(video, name), {"weights": None}, (3, *clip))
         for name, clip in _VIDEO.items()
     },
-    "torchvision:optical_flow.raft_small": _entry(
-        optical_flow.raft_small, {"weights": None}, (3, 128, 128), (3, 128, 128)
-    ),
+    **{
+        f"torchvision:video.{name}": _entry(_small_mvit, {"name": name}, (3, 4, 64, 64))
+        for name in ("mvit_v1_b", "mvit_v2_s")
+    },
+    "torchvision:optical_flow.raft_small": _entry(Flow, {}, (3, 128, 128), (3, 128, 128)),
     "torchvision:detection.resnet18_fpn": _entry(
         backbone_utils.resnet_fpn_backbone,
         {"backbone_name": "resnet18", "weights": None, "trainable_layers": 5},
