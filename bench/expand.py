@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gpd_fx
-from bench.zoo.models import CORE, builder, inputs_for
+from bench.zoo.models import CORE, entry_of, inputs_for
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -43,7 +43,7 @@ def main(
         table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     rows: list[dict[str, object]] = []
     for name in models or CORE:
-        model = builder(name)()
+        model = entry_of(name).build()
         (image,), _ = inputs_for(model, torch.float32)
 
         def captures(model: torch.nn.Module = model, image: torch.Tensor = image) -> None:
