@@ -88,7 +88,7 @@ def deterministic(graph: fx.GraphModule, precision: Precision = DOUBLE) -> str |
             if bind(node)["dropout_p"]:
                 node.args = (*node.args[:4], 0.0, *node.args[5:])
         elif name.startswith("aten.rrelu"):
-            node.args = (*node.args[:3], False)
+            node.args, node.kwargs = tuple((bind(node) | {"training": False}).values()), {}
         elif name.endswith((".input", ".data")) and "dropout" in (given := bind(node)):  # recurrent layers
             node.args, node.kwargs = tuple((given | {"dropout": 0.0}).values()), {}
         elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:

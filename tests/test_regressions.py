@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import gpd_fx
 from gpd_fx.capture import Mode
 from gpd_fx.ratios import Ratio
 from tests.graph_check import Asked, check
@@ -51,3 +52,10 @@ def widens_exactly(
         return tuple(torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
 
     check(model, inputs, (Asked(ratio, tuple(exclude)),), modes)
+
+
+def test_rrelu_without_arguments() -> None:
+    """Making the graph deterministic took its lower bound for whether it trains."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.RReLU(), nn.Flatten(), nn.Linear(16, 2))
+    teacher = gpd_fx.expand(model, 2.0, (torch.randn(2, 3, 2, 2),))
+    assert teacher.report().coverage > 0.9
