@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_AR
 help:
 	@echo 'make demo    the whole path on handwritten digits: expand, train, fold, export (writes ./gpd-demo)'
 	@echo 'make test    the tests'
-	@echo 'make zoo     whole models of torchvision and timm in float64; goes on where it stopped (zoo.jsonl)'
+	@echo 'make zoo     whole models in float64; ZOO_ARGS="all --no-step" takes 435; goes on where it stopped (zoo.jsonl)'
 	@echo 'make fuzz    20,000 random models in float64; FUZZ_ARGS="--graphs 1000 --seed 3" takes others'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  let ruff rewrite the code'
