@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.progress import progress_bar
 from bench.zoo.models import GROUPS
 from bench.zoo.page import markdown, summary
 from bench.zoo.plot import draw
@@ -55,15 +55,8 @@ def sweep(
         *(["--step", "--onnx"] if step else ["--no-step", "--no-onnx"]),
         *(f"--ratio={r}" for r in ratio or ()),
     ]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     lock = threading.Lock()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("models", total=len(names), completed=len(names) - todo.qsize())
 
         def work() -> None:
