@@ -49,8 +49,8 @@ _FEW = 32.0  # units of rounding that are always allowed in float32
 _ROUNDINGS = 1e5  # how many units of rounding a deep network may gather in its own dtype
 _CAST_TOLERANCE = 1e-4  # module against capture: a module may cast to float32 by itself
 _ADVICE = (
-    "Nothing is returned; please report this model. Meanwhile exclude=[...] with the names of the parameters around that "
-    "node leaves them as they are"
+    "Nothing is returned; please report this model. Meanwhile exclude=[...] with the parameters around that node keeps "
+    "them as they are"
 )
 
 
