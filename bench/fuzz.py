@@ -110,6 +110,7 @@ def fuzz(
     seed: Annotated[int, typer.Option(help="Other models for another seed.")] = 0,
     first: Annotated[int, typer.Option(help="The number of the first model, to run a part again.")] = 0,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long.")] = None,
+    failures: Annotated[int, typer.Option(help="Stop after so many failures.")] = 20,
     shrink_seconds: Annotated[float, typer.Option(help="How long a failure may be made smaller.")] = 120.0,
     ops: Annotated[bool, typer.Option("--ops", help="Also list the rules that no model had a use for.")] = False,
 ) -> None:
@@ -127,6 +128,8 @@ def fuzz(
                 for failure in tally.failures:
                     console.print(f"\nseed {seed}, graph {failure.number}: {failure.text}", markup=False)
                     console.print(f"{failure.smaller}\n", markup=False)
+                if len(total.failures) >= failures:
+                    break
         except KeyboardInterrupt:
             console.print("interrupted")
         except BrokenProcessPool:

@@ -203,8 +203,10 @@ def reuse(b: Builder) -> tuple[Part, Sequence[int]]:
 @op()
 def recurrent(b: Builder) -> tuple[Part, Sequence[int]]:
     x = b.value(3)
-    kind = b.choose([nn.LSTM, nn.GRU])
-    return Part(lambda m, x: m.rnn(x)[0], rnn=kind(b.values[x].shape[-1], 4, batch_first=True)), [x]
+    kind = b.choose([nn.LSTM, nn.GRU, nn.RNN])
+    layers, both = b.choose([1, 2]), b.flag()
+    rnn = kind(b.values[x].shape[-1], 4, num_layers=layers, bidirectional=both, bias=not b.flag(), batch_first=True)
+    return Part(lambda m, x: m.rnn(x)[0], rnn=rnn), [x]
 
 
 # --------------------------------------------------------------------------------------------- normalisation

@@ -123,7 +123,7 @@ def as_code(trial: Trial, name: str = "found") -> str:
         lines.append(
             f"            self.{member} = {made if tensor.is_floating_point() else f'integers({tensor.tolist()})'}"
         )
-    lines += ["", *(f"        {line}" for line in body.strip().splitlines()), ""]
+    lines += ["", *(f"        {line.split(';  ')[0]}" for line in body.strip().splitlines()), ""]
     shapes = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
     lines.append(f"    widens_exactly(Net(), {shapes}, {_asked(trial, members)}, modes={trial.modes})")
     return "\n".join(lines)
