@@ -13,10 +13,11 @@ from math import prod
 from torch import fx
 
 from gpd_fx.analysis import PRIMES, Facts
-from gpd_fx.axes import Atom, Expr, Widening, atoms, size
+from gpd_fx.axes import Atom, Expr, atoms, size
 from gpd_fx.plan import Plan
 from gpd_fx.rules.site import bind, op_name
 from gpd_fx.weights import weight_layout
+from gpd_fx.widening import Widening
 
 
 def contractions(plan: Plan, facts: Facts) -> list[tuple[Expr, ...]]:

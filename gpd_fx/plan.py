@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, fx
 
 from gpd_fx.analysis import Analysis
-from gpd_fx.axes import Atom, Cat, Copies, Expr, Reason, Widening, atoms, parts, size
+from gpd_fx.axes import Atom, Cat, Expr, Reason, atoms, parts, size
 from gpd_fx.layout import KernelLayout, ParamPlan
 from gpd_fx.ratios import Ratio, choose_ratios
 from gpd_fx.rules.effects import Contract, Extent
 from gpd_fx.rules.site import Value, bind
 from gpd_fx.weights import weight_layout
+from gpd_fx.widening import Copies, Widening
 
 
 @dataclass(frozen=True, eq=False)

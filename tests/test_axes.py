@@ -18,10 +18,8 @@ from gpd_fx.axes import (
     AxisMismatchError,
     AxisSolver,
     Cat,
-    Copies,
     Expr,
     Reason,
-    Widening,
     atoms,
     concat,
     frozen,
@@ -34,6 +32,7 @@ from gpd_fx.axes import (
     size,
 )
 from gpd_fx.rules.shape import reshape_axes
+from gpd_fx.widening import Copies, Widening
 
 LARGEST = 120
 Draw: TypeAlias = Callable[[st.SearchStrategy[Any]], Any]

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpd_fx
 from bench.zoo.check import randomise
-from gpd_fx.axes import Widening
 from gpd_fx.errors import VerificationError
 from gpd_fx.expansion import make_draft, make_teacher, study_model
 from gpd_fx.precision import DOUBLE, LARGE, SINGLE, precision_for
 from gpd_fx.rules.effects import Contract
 from gpd_fx.verify import check_expansion, elements
+from gpd_fx.widening import Widening
 
 
 class Ledger(TorchDispatchMode):

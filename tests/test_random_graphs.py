@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gpd_fx
-from gpd_fx.axes import Expr, Widening
+from gpd_fx.axes import Expr
 from gpd_fx.passes import Branch, Fold, Merge, Pipeline, Widen
 from gpd_fx.rules.effects import Linear
 from gpd_fx.verify import relative_error
+from gpd_fx.widening import Widening
 from tests import test_regressions
 from tests.graph_check import RATIOS, Setting, WrongError, check, nudge
 from tests.graph_laws import check_laws, check_outputs, check_step, close, expand, quiet, same_state

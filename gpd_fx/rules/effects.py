@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import fx
 
-from gpd_fx.axes import Expr, Widening, size
+from gpd_fx.axes import Expr, size
+from gpd_fx.widening import Widening
 
 if TYPE_CHECKING:
     from gpd_fx.rules.rewriter import Rewriter

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gpd_fx.axes import Expr, Widening, size
+from gpd_fx.axes import Expr, size
 from gpd_fx.private import OpOverload, schema
 from gpd_fx.rules.site import bind, op_name
+from gpd_fx.widening import Widening
 
 aten = torch.ops.aten
 
