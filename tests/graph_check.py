@@ -112,7 +112,7 @@ def check(
     analysis = _attempt("the analysis fails", lambda: analyse(captures, names_of(named)))
     if analysis.faults:
         raise WrongError("a rule fails", "; ".join(f"{fault.op}: {fault.text}" for fault in analysis.faults))
-    batch = inputs(3 if all(map(_open_batch, captures.values())) else 2)
+    batch = inputs(3 if all(map(open_batch, captures.values())) else 2)
     expected = {mode: _run(model, batch, mode) for mode in modes}
     widened = 0
     for setting in settings:
@@ -128,7 +128,7 @@ def check(
     return Found(len(nodes), ops, widened)
 
 
-def _open_batch(captured: fx.GraphModule) -> bool:
+def open_batch(captured: fx.GraphModule) -> bool:
     """Whether torch.export left the batch of every input open; some ops make it a constant."""
     return all(free_size(node.meta["val"].shape[0]) for node in captured.graph.find_nodes(op="placeholder"))
 

@@ -279,7 +279,7 @@ def turn(b: Builder) -> tuple[Part, Sequence[int]]:
         lambda x: torch.moveaxis(x, (2, 1), (1, 2)),
         lambda x: x.mH + 0.5,
         lambda x: x.adjoint() * 2,
-        lambda x: x.unsqueeze(1).unsqueeze(-1).squeeze(),
+        lambda x: x.unsqueeze(1).unsqueeze(-1).squeeze(1).squeeze(-1),
         lambda x: x[:, None, ..., None].squeeze((1, -1)),
         lambda x: x.unsqueeze(2).squeeze(2).squeeze(1),
         lambda x: x.flatten(1).view_as(x) + x,
