@@ -78,8 +78,7 @@ def test_a_model_on_the_meta_device_is_checked_by_shape() -> None:
         with torch.device("meta"):
             return Net()
 
-    (x,), kwargs = images()
-    found = check_shapes("net", build, ((x.float(),), kwargs))
+    found = check_shapes("net", build, images())
     assert found.exact
     assert not found.eval_error
     assert found.coverage > 0.9
