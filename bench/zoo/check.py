@@ -162,7 +162,7 @@ def check_shapes(
         for mode, graph in draft.graphs.items():
             with torch.no_grad():
                 wanted, found = (
-                    fake_call(g, *inputs) for g in (study.captures[mode], _filled(draft.plan, mode, graph))
+                    fake_call(g, *inputs) for g in (study.captures[mode], _filled(draft.plan, study.captures[mode], graph))
                 )
             shapes = [[t.shape for t in pytree.tree_leaves(out) if isinstance(t, Tensor)] for out in (wanted, found)]
             if shapes[0] != shapes[1]:
@@ -170,12 +170,13 @@ def check_shapes(
     return record
 
 
-def _filled(plan: Plan, mode: str, graph: fx.GraphModule) -> fx.GraphModule:
+def _filled(plan: Plan, capture: fx.GraphModule, graph: fx.GraphModule) -> fx.GraphModule:
     """A wide graph with tensors of the right shapes in all its places."""
     for node in graph.graph.find_nodes(op="get_attr"):
         if fetch(graph, str(node.target)) is None:
             shape = plan.tensors[plan.analysis.canonical[str(node.target)]].wide_shape
-            put_tensor(graph, str(node.target), torch.empty(shape, device="meta"))
+            like = fetch(capture, str(node.target))
+            put_tensor(graph, str(node.target), torch.empty(shape, dtype=like.dtype, device="meta"))
     return graph
 
 
