@@ -161,9 +161,9 @@ def check_shapes(
         draft = make_draft(study, ratio)
         for mode, graph in draft.graphs.items():
             with torch.no_grad():
-                wanted, found = (
-                    fake_call(g, *inputs) for g in (study.captures[mode], _filled(draft.plan, study.captures[mode], graph))
-                )
+                capture = study.captures[mode]
+                pair = capture, _filled(draft.plan, capture, graph)
+                wanted, found = (fake_call(module, *inputs) for module in pair)
             shapes = [[t.shape for t in pytree.tree_leaves(out) if isinstance(t, Tensor)] for out in (wanted, found)]
             if shapes[0] != shapes[1]:
                 record.faults.append(f"{mode} mode at ratio {ratio}: shapes {shapes[1]} in the place of {shapes[0]}")
