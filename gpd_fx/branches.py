@@ -293,7 +293,7 @@ def random_tensor(key: str, init: Init, like: Tensor) -> Tensor:
     """A random tensor that depends on `key` alone, with the dtype and on the device of `like`."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(init.shape, generator=generator, dtype=torch.float32) * init.fan_in**-0.5
+    values = torch.randn(init.shape, generator=generator, dtype=torch.float32, device="cpu") * init.fan_in**-0.5
     return values.to(dtype=like.dtype, device=like.device)
 
 

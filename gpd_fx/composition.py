@@ -209,8 +209,9 @@ class Composition(nn.Module):
 
     def refresh(self) -> None:
         """Bring the constants to the dtype and device of the parameters; done after every move and load."""
-        for slot in self._slots:
-            slot.prepare()
+        with torch.device("cpu"):  # whatever the caller's default is; they then move to their parameter's device
+            for slot in self._slots:
+                slot.prepare()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Composition:
         super()._apply(fn, recurse)

@@ -204,12 +204,14 @@ def study_model(
 
 def make_draft(study: Study, ratio: Ratio = 2.0, exclude: Sequence[str] = (), seed: int = 0) -> Draft:
     """Plan the widening of a studied model, and rewrite its graphs."""
-    plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed)
+    with torch.device("cpu"):  # whatever the caller's default is, plans lie on the CPU
+        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed)
 
     def constant(name: str, old: Tensor) -> Tensor | None:
         return None if name in plan.analysis.canonical else plan.tensors[name].widen(old)
 
-    graphs = {mode: widen_graph(plan, mode, constant) for mode in MODES}
+    with torch.device("cpu"):
+        graphs = {mode: widen_graph(plan, mode, constant) for mode in MODES}
     return Draft(study, ratio, tuple(exclude), seed, plan, graphs)
 
 

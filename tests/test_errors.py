@@ -480,3 +480,14 @@ def test_every_error_is_of_the_family() -> None:
     names = [name for name in dir(gpd_fx) if name.endswith("Error")]
     assert len(names) >= 8
     assert all(issubclass(getattr(gpd_fx, name), GPDError) for name in names)
+
+
+def test_the_default_device_of_the_caller_changes_nothing(model: nn.Module) -> None:
+    x = images()
+    expected = gpd_fx.expand(model, 1.5, (x,)).state_dict()
+    with torch.device("meta"):
+        teacher = gpd_fx.expand(model.eval(), 1.5, (x,))
+        outputs = teacher.both(x)
+        student = gpd_fx.fold(teacher)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.state_dict().items())
+    assert {tensor.device.type for tensor in (*outputs, *student.state_dict().values())} == {"cpu"}

@@ -50,9 +50,7 @@ def run(name: str, ratios: Sequence[float], *, step: bool, onnx: bool, memory: f
     parameters = sum(parameter.numel() for parameter in _cheaply(entry.build).parameters())
     fit = [r for r in ratios if 8 * parameters * (_COPIES * r * r + 2) < 0.7 * memory * 2**30]
     if not fit:
-        inputs = entry.inputs()
-        with torch.device("meta"):
-            return check_shapes(name, entry.build, inputs, ratios=ratios)
+        return check_shapes(name, lambda: _cheaply(entry.build), entry.inputs(), ratios=ratios)
     return check(name, entry.build, entry.inputs(), ratios=fit, step=step, onnx=onnx)
 
 
