@@ -55,10 +55,12 @@ def random_like(
         if tensor.is_floating_point() or tensor.is_complex():
             kind = dtype if tensor.is_floating_point() else COMPLEX.get(dtype, tensor.dtype)
             exact = torch.float64 if tensor.is_floating_point() else torch.complex128
-            return torch.empty(tensor.shape, dtype=exact, device="cpu").normal_(generator=generator).to(tensor.device, kind)
+            drawn = torch.empty(tensor.shape, dtype=exact, device="cpu").normal_(generator=generator)
+            return drawn.to(tensor.device, kind)
         if tensor.dtype == torch.bool or tensor.numel() == 0:
             return tensor
         low, high = int(tensor.min()), int(tensor.max())
-        return torch.randint(low, high + 1, tensor.shape, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
+        numbers = torch.randint(low, high + 1, tensor.shape, generator=generator, device="cpu")
+        return numbers.to(tensor.device, tensor.dtype)
 
     return pytree.tree_map_only(Tensor, draw, example)

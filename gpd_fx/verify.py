@@ -103,7 +103,8 @@ def _perturb(tensor: Tensor, seed: int) -> Tensor:
         return tensor
     real = tensor.real.dtype if tensor.is_complex() else tensor.dtype
     generator = torch.Generator().manual_seed(seed)
-    factor = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").add_(0.5).to(tensor.device, real)
+    drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+    factor = drawn.add_(0.5).to(tensor.device, real)
     return factor.mul_(tensor.masked_fill(tensor == 0, 0.1)) if not tensor.is_complex() else factor * tensor
 
 
