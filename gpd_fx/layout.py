@@ -159,8 +159,9 @@ class ParamPlan:
 
     def blocks(self) -> Iterator[slice]:
         """Rows of the wide tensor, some at a time: what is made of a large one step by step takes little memory."""
-        step = max(1, _BLOCK * self.wide_shape[0] // max(self.wide_numel, 1))
-        return (slice(start, start + step) for start in range(0, self.wide_shape[0], step))
+        count = self.wide_shape[0] if self.shape else 0  # a number has no rows
+        step = max(1, _BLOCK * count // max(self.wide_numel, 1))
+        return (slice(start, start + step) for start in range(0, count, step))
 
     def rows(self, tensor: Tensor, rows: slice) -> Tensor:
         """Some rows of the widened tensor (no alpha)."""
