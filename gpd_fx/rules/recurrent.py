@@ -59,8 +59,17 @@ def _apply(site: Site, gates: int) -> Value:
             _bind(site, f"params.{k + place}", node, place, inputs, axes, projection=hidden)
     resolve = solver.resolve
     outputs = [*held, resolve(product((frozen(directions), state)))]
-    last: list[Axes] = [[*map(frozen, site.shape(node)[:-1])] for node in states]
-    return (outputs, *([*axes, resolve(e)] for axes, e in zip(last, (state, cell), strict=False)))
+    found = [outputs]
+    used = [user.args[1] for user in site.node.users if user.users]
+    for k, (node, axis) in enumerate(zip(states, (state, cell), strict=False), start=1):
+        recorded = site.out_shapes[k]
+        if len(recorded) == len(site.shape(node)):
+            found.append([*map(frozen, recorded[:-1]), resolve(axis)])
+        elif k in used:  # torch 2.11 records the states of an lstm with one dimension too many
+            return site.freeze_all("its last states have another shape than capture says")
+        else:
+            found.append(list(map(frozen, recorded)))
+    return tuple(found)
 
 
 def _bind(
