@@ -6,7 +6,10 @@ takes the first ones for the module's own), and in recurrent layers, which keep 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections import OrderedDict
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,3 +63,26 @@ def call_with(
     finally:  # or what this call computed lives on in them
         for layer in layers:
             look_up_flat_weights(layer)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Generator[None]:
+    """Meanwhile a call may leave what it likes in a module's attributes; afterwards they are what they were.
+
+    Models that keep tensors of their last call would otherwise keep fakes, which do not survive a copy of the model:
+    a copied `FakeTensorMode` frees storages that it does not own.
+    """
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    held = [(value, copy.copy(value)) for _, own in before for value in own.values() if type(value) in _CONTAINERS]
+    try:
+        yield
+    finally:
+        for part, own in before:
+            vars(part).clear()
+            vars(part).update(own)
+        for value, content in held:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+
+
+_CONTAINERS = (list, set, dict, OrderedDict)

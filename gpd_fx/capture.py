@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from gpd_fx.calls import unchanged
 from gpd_fx.errors import CaptureError, InputError
 from gpd_fx.fakes import fake_call
 from gpd_fx.inputs import prepare
@@ -85,7 +86,7 @@ def capture_skeleton(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns about its own internals
-            with _named_keywords(skeleton, kwargs):
+            with unchanged(skeleton), _named_keywords(skeleton, kwargs):
                 program = torch.export.export(skeleton, args, kwargs, dynamic_shapes=shapes, strict=False)
             exported = program.module(check_guards=False)
     except Exception as error:  # the exporter raises errors of many families
@@ -207,7 +208,7 @@ def _output(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     try:
         return fake_call(skeleton, args, kwargs)
     except Exception:  # noqa: BLE001  the real call decides
-        with torch.no_grad():
+        with unchanged(skeleton), torch.no_grad():
             return skeleton(*args, **kwargs)
 
 

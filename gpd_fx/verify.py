@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from gpd_fx.calls import unchanged
 from gpd_fx.compare import random_like
 from gpd_fx.compare import relative_error as relative_error
 from gpd_fx.errors import VerificationError
@@ -338,7 +339,7 @@ def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
     source = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     was_training = teacher.training
     teacher.eval()
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(teacher.skeleton):
         expected = source(*args, **kwargs)
         outputs = {"student": teacher.run_student(student, *args, **kwargs)}
         with _scaled(teacher, student) as tensors:

@@ -204,3 +204,31 @@ def test_errors(model: nn.Module) -> None:
         CaptureError, match=r"cannot capture Branches in train mode at File .*test_capture.*, in forward"
     ):
         gpd_fx.capture(Branches(), (torch.randn(2, 3),), mode="train")
+
+
+def test_what_a_model_keeps_of_a_call_is_not_a_fake() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.seen: list[Tensor] = []
+            self.last: Tensor | None = None
+            self.calls = 7
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).relu()
+            self.last, self.fresh = h, x
+            self.seen.append(h)
+            self.calls += 1
+            return self.second(h)
+
+    model = Keeping().double().eval()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    gpd_fx.capture(model, (x,))
+    teacher = gpd_fx.expand(model, 2.0)  # its inputs are guessed by calls
+    for kept in (model, teacher.skeleton):
+        state = vars(kept)
+        assert (state["seen"], state["last"], state["calls"], "fresh" in state) == ([], None, 7, False)
+    expected = model(x)
+    torch.testing.assert_close(teacher.student(x), expected)
+    torch.testing.assert_close(teacher(x), expected)
