@@ -24,9 +24,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import gpd_fx
+from bench.progress import progress_bar
 from gpd_fx.rules.table import RULES
 from tests.graph_check import WrongError
 from tests.graph_shrink import as_code, shrink
@@ -157,14 +158,7 @@ def _in_place(name: str) -> str:
 
 @contextmanager
 def _progress(graphs: int) -> Generator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         progress.add_task("0 failed", total=graphs)
         yield progress
 

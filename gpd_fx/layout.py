@@ -174,18 +174,14 @@ class ParamPlan:
 
     def scaled_rows(self, tensor: Tensor, rows: slice) -> Tensor:
         """Some rows of the teacher's tensor."""
-        tensor = self.rows(tensor, rows)
+        return self.scale(self.rows(tensor, rows), rows)
+
+    def scale(self, tensor: Tensor, rows: slice = slice(None)) -> Tensor:
+        """`tensor`, all of the wide one or some rows, times alpha along its dimensions; itself where there is none."""
         for dim, alpha in enumerate(self.alpha):
             if alpha is not None:
                 part = alpha if dim else alpha[rows]
                 tensor = tensor * along(part, dim, tensor.dim()).to(tensor.dtype).to(tensor.device)
-        return tensor
-
-    def scale(self, tensor: Tensor) -> Tensor:
-        """`tensor` times alpha along its dimensions; `tensor` itself where there is none."""
-        for dim, alpha in enumerate(self.alpha):
-            if alpha is not None:
-                tensor = tensor * along(alpha, dim, tensor.dim()).to(tensor.dtype).to(tensor.device)
         return tensor
 
     def scale_(self, tensor: Tensor) -> Tensor:
