@@ -204,13 +204,12 @@ def study_model(
 
 def make_draft(study: Study, ratio: Ratio = 2.0, exclude: Sequence[str] = (), seed: int = 0) -> Draft:
     """Plan the widening of a studied model, and rewrite its graphs."""
-    with torch.device("cpu"):  # whatever the caller's default is, plans lie on the CPU
-        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed)
 
     def constant(name: str, old: Tensor) -> Tensor | None:
-        return None if name in plan.analysis.canonical else plan.tensors[name].widen(old)
+        return None if name in study.analysis.canonical else plan.tensors[name].widen(old)
 
-    with torch.device("cpu"):
+    with torch.device("cpu"):  # whatever the caller's default is, plans lie on the CPU
+        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed)
         graphs = {mode: widen_graph(plan, mode, constant) for mode in MODES}
     return Draft(study, ratio, tuple(exclude), seed, plan, graphs)
 

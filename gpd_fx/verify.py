@@ -16,11 +16,10 @@ What rounding may do is then the model's own rounding error, which its float64 r
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,11 +32,11 @@ from gpd_fx.errors import VerificationError
 from gpd_fx.layout import ParamPlan
 from gpd_fx.locate import first_difference
 from gpd_fx.passes.widen import EXACT
-from gpd_fx.paths import fetch
 from gpd_fx.plan import Plan
 from gpd_fx.precision import DOUBLE, SINGLE, Precision, deterministic, precision_for
 from gpd_fx.precision import is_random as is_random
 from gpd_fx.private import OpOverload, copy_graph, flat_inputs, schema
+from gpd_fx.source import Source
 
 if TYPE_CHECKING:
     from gpd_fx.expansion import Draft
@@ -59,54 +58,6 @@ def elements(plan: Plan) -> int:
     """How many parameters both networks have, branches apart."""
     parameters = plan.analysis.parameters
     return sum(p.numel() for p in parameters.values()) + sum(plan.tensors[name].wide_numel for name in parameters)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The tensors that a capture reads, in some precision, perturbed if there is a seed; made anew at each call."""
-
-    capture: fx.GraphModule
-    seed: int | None
-
-    def tensors(self, precision: Precision) -> dict[str, Tensor]:
-        """All of them; tied ones are one tensor."""
-        same: dict[int, Tensor] = {}
-        return {target: self._make(target, value, same, precision) for target, value in self._values()}
-
-    def widened(self, plan: Plan, key: str, precision: Precision) -> dict[str, Tensor]:
-        """Those of the wide graph, one made after the other."""
-        wide: dict[int, Tensor] = {}
-        out: dict[str, Tensor] = {}
-        for target, value in self._values():
-            if id(value) not in wide:
-                shaped = plan.tensors[plan.analysis.canonical.get(target) or f"{key}:{target}"]
-                made = self._make(target, value, {}, precision)
-                wide[id(value)] = shaped.scale_(shaped.widen(made)) if shaped.scales else shaped.widen(made)
-            out[target] = wide[id(value)]
-        return out
-
-    def _values(self) -> Iterator[tuple[str, Tensor]]:
-        for node in self.capture.graph.find_nodes(op="get_attr"):
-            value = fetch(self.capture, str(node.target))
-            if isinstance(value, Tensor):
-                yield str(node.target), value
-
-    def _make(self, target: str, value: Tensor, same: dict[int, Tensor], precision: Precision) -> Tensor:
-        if id(value) not in same:
-            plain = precision.exact(value.detach())
-            same[id(value)] = plain if self.seed is None else _perturb(plain, crc32(f"{self.seed}/{target}".encode()))
-        return same[id(value)]
-
-
-def _perturb(tensor: Tensor, seed: int) -> Tensor:
-    """Each value changed by up to a half, zeros made small and positive; integers as they are."""
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        return tensor
-    real = tensor.real.dtype if tensor.is_complex() else tensor.dtype
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
-    factor = drawn.add_(0.5).to(tensor.device, real)
-    return factor.mul_(tensor.masked_fill(tensor == 0, 0.1)) if not tensor.is_complex() else factor * tensor
 
 
 def _copy_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -148,9 +99,9 @@ def check_expansion(
             plain, stubborn = _prepared(captures[mode], precision)
             if stubborn is not None:
                 continue  # nothing to compare: the op draws anew at each call
-            inputs = _inputs(plain, _Source(captures[mode], None).tensors(precision), draft, generator, precision)
+            inputs = _inputs(plain, Source(captures[mode], None).tensors(precision), draft, generator, precision)
             for seed in (None, 1) if mode == "eval" and precision is DOUBLE else (1,):
-                check = _Check(plan, mode, captures[mode], graphs[mode], _Source(captures[mode], seed), inputs)
+                check = _Check(plan, mode, captures[mode], graphs[mode], Source(captures[mode], seed), inputs)
                 worst = max(worst, check.double() if precision is DOUBLE else check.single())
         return max(worst, _check_capture(captures["eval"], draft, generator, precision))
 
@@ -230,7 +181,7 @@ class _Check:
     mode: str
     capture: fx.GraphModule
     graph: fx.GraphModule
-    source: _Source
+    source: Source
     inputs: Any
 
     def double(self) -> float:
