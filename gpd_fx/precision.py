@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from gpd_fx.paths import graphs_of
 from gpd_fx.private import OpOverload, enter_autocast
-from gpd_fx.rules.site import bind, op_name
+from gpd_fx.rules.site import bind, op_name, set_arg
 
 aten = torch.ops.aten
+_SHARES = ("dropout_p", "dropout")  # arguments of attention and of recurrent layers
 COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
@@ -84,13 +85,10 @@ def deterministic(graph: fx.GraphModule, precision: Precision = DOUBLE) -> str |
             node.target, node.args, node.kwargs = aten.fill_.Scalar, (node.args[0], 1.0), {}
         elif name == "aten.bernoulli.p":
             node.target, node.args, node.kwargs = aten.full_like.default, (node.args[0], 1.0), {}
-        elif name == "aten.scaled_dot_product_attention.default":
-            if bind(node)["dropout_p"]:
-                node.args = (*node.args[:4], 0.0, *node.args[5:])
         elif name.startswith("aten.rrelu"):
             node.args, node.kwargs = tuple((bind(node) | {"training": False}).values()), {}
-        elif name.endswith((".input", ".data")) and "dropout" in (given := bind(node)):  # recurrent layers
-            node.args, node.kwargs = tuple((given | {"dropout": 0.0}).values()), {}
+        elif name.startswith("aten.") and (share := next((a for a in _SHARES if a in bind(node)), None)):
+            set_arg(node, share, 0.0)
         elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             stubborn = name
     for module in modules:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from gpd_fx.axes import Expr, size
-from gpd_fx.private import OpOverload, schema
-from gpd_fx.rules.site import bind, op_name
+from gpd_fx.rules.site import bind, op_name, set_arg
 from gpd_fx.widening import Widening
 
 aten = torch.ops.aten
@@ -48,15 +47,7 @@ class Rewriter:
         name, _, index = name.partition(".")
         if index:
             value = [value if k == int(index) else item for k, item in enumerate(bind(node)[name])]
-        assert isinstance(node.target, OpOverload)
-        for position, argument in enumerate(schema(node.target).arguments):
-            if argument.name == name:
-                if position < len(node.args) and not argument.kwarg_only:
-                    node.update_arg(position, value)
-                else:
-                    node.update_kwarg(name, value)
-                return
-        raise KeyError(name)
+        set_arg(node, name, value)
 
     def set_correction(self, node: fx.Node, value: float) -> None:
         """Set the correction of var, std, var_mean or std_mean, whichever overload it is."""

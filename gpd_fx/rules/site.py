@@ -174,6 +174,18 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def set_arg(node: fx.Node, name: str, value: Any) -> None:
+    """Set an argument of a node by its schema name, where the node gives it: by position or by keyword."""
+    for position, argument in enumerate(_arguments(node)):
+        if argument.name == name:
+            if position < len(node.args) and not argument.kwarg_only:
+                node.update_arg(position, value)
+            else:
+                node.update_kwarg(name, value)
+            return
+    raise KeyError(name)
+
+
 def as_dims(dims: int | Sequence[int] | None, rank: int) -> list[int]:
     """A dim argument as a list of dimensions counted from the front; None and [] mean all."""
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
