@@ -59,15 +59,22 @@ class Analysis:
 
 
 def shapes_of(module: fx.GraphModule) -> dict[fx.Node, Shape]:
-    """The shape of every node, symbols replaced by primes."""
+    """The shape of every node, symbols replaced by primes: one for all that have the same size in the example.
+
+    What leads two inputs is mostly one batch, even where nothing in the graph compares them.
+    """
     primes: dict[Any, int] = {}
+    sizes: dict[Any, int] = {}
 
     def number(extent: Any) -> int:
         if isinstance(extent, int):
             return extent
         expr = extent.node.expr
         for symbol in sorted(expr.free_symbols, key=str):
-            primes.setdefault(symbol, PRIMES[len(primes) % len(PRIMES)])
+            if symbol not in primes:
+                example = extent.node.hint if expr == symbol else None
+                key = symbol if example is None else example
+                primes[symbol] = sizes.setdefault(key, PRIMES[len(sizes) % len(PRIMES)])
         return int(expr.xreplace(primes))
 
     def shape(value: Any) -> Shape:

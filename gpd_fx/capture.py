@@ -148,6 +148,10 @@ def _explain(model: nn.Module, mode: Mode, error: Exception) -> str:
         if "data-dependent" in str(error).lower() or "Could not guard" in str(error)
         else "see torch.export's message above"
     )
+    if "references nonexistent attribute" in str(error):
+        advice = (
+            "a submodule or parameter has the name of an attribute of torch.fx.GraphModule (code, graph); rename it"
+        )
     if mode == "train":
         advice += (
             "; if only train mode fails, switch off what is random there (stochastic depth, layer drop) by its option"

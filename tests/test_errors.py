@@ -315,6 +315,13 @@ def test_control_flow_on_random_numbers_in_train_mode() -> None:
     assert "if only train mode fails, switch off what is random there" in message
 
 
+def test_a_submodule_with_a_name_that_graphs_reserve() -> None:
+    model = nn.Sequential()
+    model.add_module("code", nn.Linear(3, 4))
+    with pytest.raises(CaptureError, match="code.*rename it"):
+        gpd_fx.expand(model, 2.0, (torch.randn(2, 3),))
+
+
 def test_a_model_that_cannot_be_copied() -> None:
     model = Branches()
     model.cached = model.first(torch.randn(2, 3))  # a tensor with a history

@@ -78,3 +78,21 @@ def test_last_states_of_an_lstm_that_are_used() -> None:
     torch.testing.assert_close(teacher(x), model(x), rtol=1e-12, atol=1e-12)
     misled = any("another shape" in entry.reason for entry in teacher.report().frozen)  # by the capture of torch 2.11
     assert misled or teacher.report().coverage > 0.95
+
+
+def test_inputs_whose_batches_are_never_compared() -> None:
+    """Their sizes were numbered apart, and a rule that takes both met two batches."""
+
+    class Warp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.flow, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 2, 1), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            grid = self.flow(y).permute(0, 2, 3, 1).tanh()
+            return self.head(nn.functional.grid_sample(self.image(x), grid, align_corners=False).mean((2, 3)))
+
+    widens_exactly(Warp().double(), (3, 5, 6), (3, 4, 7))
+    report = gpd_fx.expand(Warp(), 2.0, (torch.randn(2, 3, 5, 6), torch.randn(2, 3, 4, 7))).report()
+    assert [group.name for group in report.groups] == ["image.weight[0]"]
+    assert not any("failed" in entry.reason for entry in report.frozen)
