@@ -318,7 +318,7 @@ def test_control_flow_on_random_numbers_in_train_mode() -> None:
 def test_a_submodule_with_a_name_that_graphs_reserve() -> None:
     model = nn.Sequential()
     model.add_module("code", nn.Linear(3, 4))
-    with pytest.raises(CaptureError, match="code.*rename it"):
+    with pytest.raises(CaptureError, match=r"code.*rename it"):
         gpd_fx.expand(model, 2.0, (torch.randn(2, 3),))
 
 
