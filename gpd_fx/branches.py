@@ -32,6 +32,8 @@ from gpd_fx.layout import KernelLayout
 
 MAIN = "kxk"
 """The original weight: always there, without a scale."""
+FULL = "full"
+"""In the place of an inner width: as wide as the layer's inputs."""
 
 
 class Sizes(NamedTuple):
@@ -68,11 +70,14 @@ class Init(NamedTuple):
 
 @dataclass(frozen=True)
 class BranchKind(ABC):
-    """One kind of branch; `width` is its inner width where it has one (None: an eighth of the narrower side)."""
+    """One kind of branch; `width` is its inner width where it has one.
+
+    None stands for an eighth of the narrower side, `FULL` for the number of inputs of a group.
+    """
 
     name: ClassVar[str]
     has_width: ClassVar[bool] = False
-    width: int | None = None
+    width: int | str | None = None
 
     @property
     def identifier(self) -> str:
@@ -82,6 +87,8 @@ class BranchKind(ABC):
 
     def inner(self, sizes: Sizes) -> int:
         """The inner width for a kernel of `sizes`."""
+        if isinstance(self.width, str):
+            return sizes.inputs
         return self.width or max(1, min(sizes.outputs, sizes.inputs) // 8)
 
     @abstractmethod
@@ -249,8 +256,8 @@ SETS: dict[str, tuple[str, ...]] = {"orepa": (MAIN, "1x1", "1x1-kxk", "1x1-avg",
 def resolve_branches(branches: str | Sequence[str] | None) -> tuple[str, ...]:
     """The branch names that a user's choice stands for; `kxk` always comes first.
 
-    A name may carry an inner width: `"1x1-kxk:16"`, `"lowrank:4"`. None, an empty list and `"kxk"` mean no extra
-    branch.
+    A name may carry an inner width: `"1x1-kxk:16"`, `"lowrank:4"`, or `"1x1-kxk:full"` for as many channels as a group
+    of the layer has inputs. None, an empty list and `"kxk"` mean no extra branch.
 
     Raises:
         ArgumentError: a name is not known, comes twice with different widths, or has a bad width.
@@ -269,7 +276,7 @@ def find_kind(name: str) -> BranchKind:
     """The branch called `name`, which may carry an inner width.
 
     Raises:
-        ArgumentError: there is none, or the width is not a positive whole number.
+        ArgumentError: there is none, or the width is neither a positive whole number nor `full`.
     """
     if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
         raise ArgumentError(f"branches: a branch is a name, got {name!r} ({type(name).__name__})")
@@ -284,8 +291,12 @@ def find_kind(name: str) -> BranchKind:
         return kind()
     if not kind.has_width:
         raise ArgumentError(f"branches: {base!r} has no inner width, so write {base!r} and not {name!r}")
+    if width == FULL:
+        return kind(FULL)
     if not (width.isascii() and width.isdigit() and int(width)):
-        raise ArgumentError(f"branches: the width in {name!r} must be a whole number above 0, such as '{base}:16'")
+        raise ArgumentError(
+            f"branches: the width in {name!r} must be a whole number above 0, such as '{base}:16', or '{base}:{FULL}'"
+        )
     return kind(int(width))
 
 

@@ -315,6 +315,10 @@ def test_sets_names_and_widths() -> None:
     assert find_kind("1x1-kxk:5").theta(Sizes(1, 8, 9, (3,)))["kernel"].shape == (1, 8, 5, 3)
     assert find_kind("lowrank").theta(Sizes(2, 32, 16, ()))["down"].shape == (2, 2, 16)
     assert find_kind("lowrank").theta(Sizes(1, 3, 64, ()))["down"].shape == (1, 1, 64)
+    assert resolve_branches(["lowrank:full", "1x1-kxk:full"]) == ("kxk", "lowrank:full", "1x1-kxk:full")
+    wide = find_kind("1x1-kxk:full").theta(Sizes(2, 8, 9, (3,)))
+    assert (wide["point"].shape, wide["kernel"].shape) == ((2, 9, 9), (2, 8, 9, 3))
+    assert find_kind("lowrank:full").theta(Sizes(1, 3, 64, ()))["up"].shape == (1, 3, 64)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +332,9 @@ def test_sets_names_and_widths() -> None:
         (["lowrank:-3"], "whole number above 0"),
         (["lowrank:x"], "whole number above 0"),
         (["lowrank:"], "whole number above 0"),
+        (["1x1-kxk:FULL"], "or '1x1-kxk:full'"),
+        (["1x1:full"], "no inner width"),
+        (["1x1-kxk", "1x1-kxk:full"], "given twice"),
         (["dwsep:4"], "no inner width"),
         (["lowrank:2", "lowrank:4"], "given twice"),
         ([3], "a branch is a name, got 3"),
