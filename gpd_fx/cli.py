@@ -50,7 +50,8 @@ Spec = Annotated[
     typer.Argument(
         metavar="SPEC",
         help="The model: torchvision:NAME, timm:NAME, or package.module:factory, where the factory is a module class, "
-        "a function without arguments that returns a module, or a module. The current folder is searched too.",
+        "a function that returns a module, or a module. Options follow after commas, as in "
+        "timm:resnet18,num_classes=10. The current folder is searched too.",
     ),
 ]
 Input = Annotated[

@@ -106,19 +106,20 @@ class GPDLosses:
     static_student: Tensor | None = None
     static_teacher: Tensor | None = None
 
-    def _parts(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor]:
+        """The parts that there are, by name."""
         parts = {field.name: cast("Tensor | None", getattr(self, field.name)) for field in fields(self)}
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def total(self) -> Tensor:
         """The sum of all parts: what to call `backward` on."""
-        parts = list(self._parts().values())
+        parts = list(self.parts().values())
         return sum(parts[1:], parts[0])
 
     def items(self) -> tuple[tuple[str, float], ...]:
         """(name, value) of each part and of the total, as plain numbers for a log."""
-        named = {**self._parts(), "total": self.total}
+        named = {**self.parts(), "total": self.total}
         values = torch.stack([part.detach().double() for part in named.values()]).tolist()  # one transfer for all
         return tuple(zip(named, values, strict=True))
 
@@ -139,6 +140,8 @@ class GPDLoss:
         static_weight: weight of the loss from the static teacher, for both networks.
         static: loss of (logits, static teacher's logits, target); DKD with alpha 1, beta 0.5, T 1 by default.
         select: picks the logits from a model's output.
+        student_weight: weight of the student's task loss.
+        teacher_weight: weight of the DT's task loss.
     """
 
     task: Callable[[Tensor, Tensor], Tensor] = cross_entropy
@@ -148,6 +151,8 @@ class GPDLoss:
     static_weight: float = 1.0
     static: Callable[[Tensor, Tensor, Tensor], Tensor] = dkd
     select: Callable[[Any], Tensor] = select_logits
+    student_weight: float = 1.0
+    teacher_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Check every option.
@@ -155,8 +160,8 @@ class GPDLoss:
         Raises:
             ArgumentError: a weight is negative or not finite, T is not positive, or smoothing lies outside [0, 1).
         """
-        _number("distill_weight", self.distill_weight, "0 or more", lambda value: value >= 0)
-        _number("static_weight", self.static_weight, "0 or more", lambda value: value >= 0)
+        for name in ("distill_weight", "static_weight", "student_weight", "teacher_weight"):
+            _number(name, getattr(self, name), "0 or more", lambda value: value >= 0)
         _number("temperature", self.temperature, "above 0", lambda value: value > 0)
         _number("smoothing", self.smoothing, "at least 0 and below 1", lambda value: 0 <= value < 1)
         for name in ("task", "static", "select"):
@@ -184,8 +189,8 @@ class GPDLoss:
             static_student = self.static_weight * self.static(student, static, target)
             static_teacher = self.static_weight * self.static(teacher, static, target)
         return GPDLosses(
-            task_student=self.task(student, target),
-            task_teacher=self.task(teacher, target),
+            task_student=self.student_weight * self.task(student, target),
+            task_teacher=self.teacher_weight * self.task(teacher, target),
             distill_student=self.distill_weight * distill,
             static_student=static_student,
             static_teacher=static_teacher,

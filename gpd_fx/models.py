@@ -1,5 +1,6 @@
 """Models by name (`torchvision:NAME`, `timm:NAME`, or `package.module:factory`) and their weights in safetensors files.
 
+Options of a model follow its name after commas, as in `timm:resnet18,num_classes=10`; values are JSON, or else text.
 Nothing is downloaded and nothing is unpickled: the zoos' models come with random weights, and a factory is ordinary
 code of the caller's own.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from gpd_fx.errors import ArgumentError, CheckpointError
 from gpd_fx.files import output_path, publish, staging
 
 _FORMS: Final = "torchvision:NAME, timm:NAME or package.module:factory"
+_DOWNLOADS: Final = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 
 
 def resolve(spec: str) -> nn.Module:
@@ -31,36 +34,56 @@ def resolve(spec: str) -> nn.Module:
     Raises:
         ArgumentError: the form is none of the three, a package is missing, or the name or factory cannot be used.
     """
-    source, colon, name = spec.partition(":")
+    source, colon, rest = spec.partition(":")
+    name, *given = rest.split(",")
+    options = _options(spec, given)
     if not colon or not source or not name:
         close = f"; did you mean {source}:{name or 'NAME'}?" if source in ("torchvision", "timm") else ""
         raise ArgumentError(f"model {spec!r} is not of the form {_FORMS}{close}")
     if source == "torchvision":
-        return _torchvision(spec, name)
+        return _torchvision(spec, name, options)
     if source == "timm":
-        return _timm(spec, name)
-    return _factory(spec, source, name)
+        return _timm(spec, name, options)
+    return _factory(spec, source, name, options)
 
 
-def _torchvision(spec: str, name: str) -> nn.Module:
+def _options(spec: str, given: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ArgumentError(f"model {spec!r}: {item!r} is no option; write NAME=VALUE, such as num_classes=10")
+        if name.strip() in _DOWNLOADS:
+            raise ArgumentError(
+                f"model {spec!r}: {name.strip()!r} would download or unpickle; save the weights with "
+                "safetensors.torch.save_file(model.state_dict(), path) once, and load that file"
+            )
+        try:
+            options[name.strip()] = json.loads(value)
+        except ValueError:
+            options[name.strip()] = value
+    return options
+
+
+def _torchvision(spec: str, name: str, options: dict[str, Any]) -> nn.Module:
     models = _zoo(spec, "torchvision.models")
     names: list[str] = models.list_models()
     if name.lower() not in names:
         raise ArgumentError(_unknown(spec, "torchvision", name, names))
     builder = models.get_model_builder(name)
     # Some models fetch a backbone's weights unless told not to.
-    options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # some models announce another initialisation
-        return _build(spec, lambda: builder(weights=None, **options))
+        return _build(spec, lambda: builder(**{"weights": None, **backbone, **options}))
 
 
-def _timm(spec: str, name: str) -> nn.Module:
+def _timm(spec: str, name: str, options: dict[str, Any]) -> nn.Module:
     timm = _zoo(spec, "timm")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):  # also what points at a hub or a folder: those would download or unpickle
         raise ArgumentError(_unknown(spec, "timm", architecture, timm.list_models()))
-    return _build(spec, lambda: timm.create_model(name, pretrained=False))
+    return _build(spec, lambda: timm.create_model(name, **{"pretrained": False, **options}))
 
 
 def _zoo(spec: str, module: str) -> Any:
@@ -80,7 +103,7 @@ def _unknown(spec: str, package: str, name: str, known: Sequence[str]) -> str:
     return f"model {spec!r}: {package} has no model {name!r} ({hint})"
 
 
-def _factory(spec: str, module: str, path: str) -> nn.Module:
+def _factory(spec: str, module: str, path: str, options: dict[str, Any]) -> nn.Module:
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:
@@ -96,23 +119,21 @@ def _factory(spec: str, module: str, path: str) -> nn.Module:
             hint = f"; close to it: {', '.join(close)}" if close else ""
             where = getattr(found, "__name__", module)
             raise ArgumentError(f"model {spec!r}: {where} has no {part!r}{hint}") from None
-    if isinstance(found, nn.Module):
+    if isinstance(found, nn.Module) and not options:
         return found
     if not callable(found):
         raise ArgumentError(
             f"model {spec!r} names a {type(found).__name__}; it must be a module class, a function without arguments "
             "that returns a module, or a module"
         )
-    return _build(spec, found)
+    return _build(spec, lambda: found(**options))
 
 
 def _build(spec: str, factory: Callable[[], Any]) -> nn.Module:
     try:
         model = factory()
     except Exception as error:
-        raise ArgumentError(
-            f"model {spec!r}: building it without arguments failed with {type(error).__name__}: {error}"
-        ) from error
+        raise ArgumentError(f"model {spec!r}: building it failed with {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model {spec!r} returned a {type(model).__name__}, not a torch.nn.Module")
     return model

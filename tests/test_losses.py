@@ -114,6 +114,23 @@ def test_defaults_are_the_methods() -> None:
     assert parts == pytest.approx({**wanted, "total": sum(wanted.values())})
 
 
+def test_every_part_has_a_weight() -> None:
+    s, t, u, y = logits(0), logits(1), logits(2), torch.tensor([0, 3, 6, 2, 2])
+    plain = dict(GPDLoss()(s, t, y, u).items())
+    weighted = dict(
+        GPDLoss(student_weight=0.5, teacher_weight=2.0, distill_weight=1.0, static_weight=0.1)(s, t, y, u).items()
+    )
+    factors = {
+        "task_student": 0.5,
+        "task_teacher": 2.0,
+        "distill_student": 1 / 3,
+        "static_student": 0.1,
+        "static_teacher": 0.1,
+    }
+    wanted = {name: factor * plain[name] for name, factor in factors.items()}
+    assert weighted == pytest.approx({**wanted, "total": sum(wanted.values())})
+
+
 def test_no_gradient_of_the_students_distillation_reaches_the_teachers() -> None:
     s, t, u = (logits(seed).requires_grad_() for seed in range(3))
     y = torch.tensor([0, 3, 6, 2, 2])
@@ -185,6 +202,8 @@ def test_own_select_task_and_static_loss() -> None:
     "options",
     [
         {"distill_weight": -1.0},
+        {"student_weight": -1.0},
+        {"teacher_weight": math.inf},
         {"distill_weight": math.nan},
         {"static_weight": math.inf},
         {"temperature": 0.0},

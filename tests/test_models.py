@@ -32,6 +32,10 @@ def test_a_factory_a_class_an_attribute_and_a_module(user_module: str) -> None:
     assert isinstance(resolve(f"{user_module}:ready"), nn.ReLU)
 
 
+def test_options_follow_the_name() -> None:
+    assert resolve("gpd_fx.digits:DigitNet,width=7").get_parameter("stem.weight").shape[0] == 7
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -41,7 +45,10 @@ def test_a_factory_a_class_an_attribute_and_a_module(user_module: str) -> None:
         ("hub:resnet18", "importing 'hub' failed with ModuleNotFoundError"),
         ("gpd_fx.digits:DigitNets", "gpd_fx.digits has no 'DigitNets'; close to it: DigitNet"),
         ("user_models:text", "returned a str, not a torch.nn.Module"),
-        ("user_models:broken", "building it without arguments failed with KeyError: 'inside'"),
+        ("user_models:broken", "building it failed with KeyError: 'inside'"),
+        ("gpd_fx.digits:DigitNet,width", "'width' is no option; write NAME=VALUE"),
+        ("gpd_fx.digits:DigitNet,height=3", "building it failed with TypeError"),
+        ("timm:resnet18,pretrained=true", "'pretrained' would download"),
         ("user_models:not_a_number", "names a int"),
         ("user_broken:x", "No module named 'does_not_exist_at_all'"),
     ],
