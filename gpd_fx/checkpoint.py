@@ -56,7 +56,7 @@ def save(teacher: DynamicTeacher, path: str | os.PathLike[str]) -> None:
         "model": _class_name(teacher.skeleton),
         "recipe": teacher.recipe,
         "student": _signature(_values(teacher)),
-        "plan": _digest(teacher.composition.plans),
+        "plan": plan_digest(teacher.composition.plans),
         "example": [_encode(args), _encode(dict(kwargs))],
         "coverage": teacher.report().coverage,
     }
@@ -94,7 +94,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Sequenc
         seed=recipe["seed"],
         verify=False,
     )
-    if _digest(teacher.composition.plans) != description["plan"]:
+    if plan_digest(teacher.composition.plans) != description["plan"]:
         here = f"gpd_fx {_version()}, torch {torch.__version__}"
         raise CheckpointError(
             f"{str(source)!r} was saved with gpd_fx {description['gpd_fx']} and torch {description['torch']}, where "
@@ -193,7 +193,7 @@ def _values(teacher: DynamicTeacher) -> dict[str, Tensor]:
         return teacher.composition.student()
 
 
-def _digest(plans: Sequence[ParamPlan]) -> str:
+def plan_digest(plans: Sequence[ParamPlan]) -> str:
     """A hash of what the tensors' shapes do not show: which copy is whose, and with which share."""
     digest = hashlib.sha256()
     for plan in sorted(plans, key=lambda plan: plan.name):

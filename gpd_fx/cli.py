@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,10 +17,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from gpd_fx import __version__
-from gpd_fx.errors import ArgumentError, GPDError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from gpd_fx.cli_distill import distill
+from gpd_fx.errors import GPDError
+from gpd_fx.options import Input, Ratio, Spec, example_inputs, parse_ratios, report_files
 
 
 class _Group(TyperGroup):
@@ -45,25 +44,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Spec = Annotated[
-    str,
-    typer.Argument(
-        metavar="SPEC",
-        help="The model: torchvision:NAME, timm:NAME, or package.module:factory, where the factory is a module class, "
-        "a function that returns a module, or a module. Options follow after commas, as in "
-        "timm:resnet18,num_classes=10. The current folder is searched too.",
-    ),
-]
-Input = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE",
-        help="Shape of one input without the batch, such as 3,224,224; once for each input. Inferred where left out.",
-    ),
-]
-Ratio = Annotated[float, typer.Option("--ratio", "-r", help="How many times wider the teacher is; 1 or more.")]
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -86,6 +66,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]  typer calls it
 
     - `gpd-fx demo`: the whole path on handwritten digits, about two minutes
     - `gpd-fx inspect torchvision:resnet18`: what a teacher of twice the width would look like
+    - `gpd-fx distill --student timm:resnet18,num_classes=10 --data ./images`: train it on folders of images
     - `gpd-fx fold my.models:student teacher.safetensors student.safetensors`: a trained student, plain again
     - `gpd-fx export my.models:student student.onnx --weights student.safetensors`: for ONNX Runtime
     """
@@ -173,43 +154,7 @@ def inspect(
         typer.echo(f"\nwritten: {target}")
 
 
-def report_files(given: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The files that options ask for.
-
-    Raises:
-        ArgumentError: one cannot be written, two are the same, or a picture is not to be an SVG file.
-    """
-    from gpd_fx.files import output_path
-
-    targets = {option: output_path(path) for option, path in given.items() if path is not None}
-    first: dict[Path, str] = {}
-    for option, target in targets.items():
-        other = first.setdefault(target.resolve(), option)
-        if other != option:
-            raise ArgumentError(f"{other} and {option} both name the file {str(target)!r}")
-    picture = targets.get("--picture")
-    if picture is not None and picture.suffix.lower() != ".svg":
-        raise ArgumentError(f"--picture {str(picture)!r}: pictures are SVG files; call it {picture.stem + '.svg'!r}")
-    return targets
-
-
-def parse_ratios(given: list[str] | None) -> float | dict[str, float]:
-    """What `--ratio` gave: a number, or numbers by glob, where a plain number is for all names.
-
-    Raises:
-        ArgumentError: a ratio is not a number.
-    """
-    pairs = [item.rpartition("=")[::2] for item in given or ["2"]]
-    ratios: dict[str, float] = {}
-    for glob, number in pairs:
-        try:
-            value = float(number)
-        except ValueError:
-            what = f"{glob}={number}" if glob else number
-            raise ArgumentError(f"--ratio {what!r} must be a number, or GLOB=NUMBER such as 'layer1.*=2'") from None
-        ratios.pop(glob or "*", None)  # the last counts, also of the same glob
-        ratios[glob or "*"] = value
-    return ratios["*"] if list(ratios) == ["*"] else ratios
+app.command()(distill)
 
 
 @app.command()
@@ -271,28 +216,6 @@ def export(
     else:
         load_weights(model, weights)
     typer.echo(str(export_onnx(model, out, example_inputs(inputs))))
-
-
-def example_inputs(shapes: list[str] | None) -> tuple[Tensor, ...] | None:
-    """Random inputs, two to a batch, of the shapes that `--input` gave; None where it gave none.
-
-    Raises:
-        ArgumentError: a shape is not a list of positive whole numbers.
-    """
-    if not shapes:
-        return None
-    import torch
-
-    parsed: list[list[int]] = []
-    for shape in shapes:
-        sizes = [part.strip() for part in shape.split(",")]
-        if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise ArgumentError(
-                f"--input {shape!r} must be positive whole numbers with commas between them and without the batch, "
-                "such as 3,224,224"
-            )
-        parsed.append([int(size) for size in sizes])
-    return tuple(torch.randn(2, *sizes) for sizes in parsed)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class Panel:
 
 
 def plot_curves(panels: Sequence[Panel], path: str | os.PathLike[str], title: str) -> None:
-    """Write the panels side by side, curves over epochs (from 1), to the PNG file `path`.
+    """Write the panels side by side, curves over epochs (from 1), to the PNG or SVG file `path`.
 
     Raises:
         ArgumentError: matplotlib is missing, or `path` cannot be written.
@@ -57,6 +57,6 @@ def plot_curves(panels: Sequence[Panel], path: str | os.PathLike[str], title: st
         axis.legend()
     figure.suptitle(title)
     with staging(target) as folder:
-        draft = folder / "plot.png"
+        draft = folder / target.name
         figure.savefig(draft, dpi=130)
         publish(draft, target)

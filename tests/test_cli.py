@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from gpd_fx import expand, fold, save
-from gpd_fx.cli import app, parse_ratios
+from gpd_fx.cli import app
 from gpd_fx.digits import DigitNet
 from gpd_fx.models import save_weights
+from gpd_fx.options import parse_ratios
 
 DIGITS = "gpd_fx.digits:DigitNet"
 
@@ -30,7 +31,7 @@ def plain(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "fold", "export"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "distill", "fold", "export"])
 def test_help_teaches_with_examples(command: str) -> None:
     assert f"gpd-fx {command}" in plain(run("--help").stdout)
     result = run(command, "--help")

@@ -24,7 +24,6 @@ def test_defaults_are_the_methods() -> None:
         1e-4,
     )
     assert config.schedule == "multistep"
-    assert config.schedule_options == {"decay_milestones": [30, 60, 90], "decay_rate": 0.1}
     assert (config.ema_decay, config.temperature, config.smoothing, config.static_loss) == (0.99996, 1.0, 0.1, "dkd")
     assert config.weights == {"task_student": 1, "task_teacher": 1, "distill": 3, "static": 1, "features": 1}
     assert (config.mixup, config.cutmix, config.warmup_epochs) == (0.0, 0.0, 0)
@@ -33,7 +32,6 @@ def test_defaults_are_the_methods() -> None:
 def test_fine_tuning_is_shorter_and_slower() -> None:
     config = DistillConfig("torchvision:resnet18", student_weights="weights.safetensors").complete()
     assert (config.epochs, config.learning_rate) == (50, 0.01)
-    assert config.schedule_options["decay_milestones"] == [15, 30, 45]
 
 
 def test_transformers_have_a_recipe_of_their_own() -> None:

@@ -1,0 +1,270 @@
+"""`distill`: from a configuration to a folder with everything that a run makes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gpd_fx.checkpoint import save
+from gpd_fx.distill.config import DistillConfig
+from gpd_fx.distill.data import Images, Order, load_images, training_batches
+from gpd_fx.distill.engine import Engine, make_accelerator
+from gpd_fx.distill.evaluation import Score, percent, recalibrate
+from gpd_fx.distill.metrics import Recorder, new_run, plot_metrics, read_metrics
+from gpd_fx.distill.randomness import set_all
+from gpd_fx.distill.state import checkpoints
+from gpd_fx.distill.static import OnnxTeacher, StaticTeacher, load_static
+from gpd_fx.errors import ArgumentError
+from gpd_fx.expansion import expand
+from gpd_fx.export import export_onnx
+from gpd_fx.files import write_text
+from gpd_fx.losses import select_logits
+from gpd_fx.models import load_weights, resolve, save_weights
+from gpd_fx.passes.fold import fold
+from gpd_fx.teacher import DynamicTeacher
+
+
+@dataclass(frozen=True)
+class Results:
+    """How a run ended.
+
+    Attributes:
+        scores: on the test images, by what was evaluated.
+        parameters: of the same.
+        onnx: what the export reports, where there was one.
+        student: the trained student, plain again; in eval mode, on the CPU.
+        folder: of the run.
+    """
+
+    scores: dict[str, Score]
+    parameters: dict[str, int]
+    student: nn.Module
+    folder: Path
+    onnx: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results.json holds."""
+        scores = {name: {**asdict(each), "parameters": self.parameters[name]} for name, each in self.scores.items()}
+        return {"scores": scores, "onnx": self.onnx}
+
+    def table(self) -> Table:
+        """The scores side by side."""
+        images = next(iter(self.scores.values())).images
+        table = Table(title=f"Test images: {images:,}")
+        for name in ("", "top-1 %", "top-5 %", "loss", "parameters"):
+            table.add_column(name, justify="left" if not name else "right")
+        for name, each in self.scores.items():
+            size = f"{self.parameters[name]:,}" if self.parameters[name] else "-"
+            table.add_row(name, percent(each.top1), percent(each.top5), f"{each.loss:.4f}", size)
+        return table
+
+
+def distill(
+    config: DistillConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    student: nn.Module | None = None,
+    images: Images | None = None,
+    static: nn.Module | None = None,
+    console: Console | None = None,
+) -> Results:
+    """Train a student by a configuration, and write the run to `folder`.
+
+    The folder gets config.yaml, metrics.jsonl, checkpoints/, the report of the expansion, curves.svg and .png,
+    results.json, and the results themselves: student.safetensors, student_ema.safetensors, teacher.safetensors,
+    student.onnx.
+
+    Args:
+        config: what to do; values that are None are those of its recipe.
+        folder: a new one, or with `resume` that of the run to take up.
+        resume: go on from the newest checkpoint.
+        student: the model to begin with, instead of the one that the configuration names; it is not changed.
+        images: what to train on, instead of what the configuration names.
+        static: the static teacher, instead of the one that the configuration names; it is frozen.
+        console: where progress is shown; standard error where not given.
+
+    Raises:
+        ArgumentError: a value cannot work, something is missing, or the folder holds another run.
+        CheckpointError: weights or a checkpoint do not fit.
+        TrainingError: a loss is not finite, or the run was stopped; the message says how to go on.
+    """
+    config = config.complete()
+    accelerator = make_accelerator(config)
+    main: bool = accelerator.is_main_process
+    shown = (console or Console(stderr=True)) if main else Console(quiet=True)
+    if main:
+        new_run(folder, resume)
+    set_all(config.seed)
+    plain = resolve(config.student) if student is None else student
+    if config.student_weights is not None and student is None:
+        load_weights(plain, config.student_weights)
+    data = load_images(config, plain) if images is None else images
+    example = (torch.randn(2, *data.input_size),)
+    _check_classes(config, plain, example, data.classes)
+    taught = StaticTeacher(static, compiled=config.static_compile) if static is not None else load_static(config)
+    if taught is not None:
+        _check_static(taught, example, data.classes)
+    again = resume and bool(checkpoints(folder / "checkpoints"))
+    model = copy.deepcopy(plain).train() if config.alone else _widen(config, plain, example, verify=not again)
+    if main:
+        config.save(folder / "config.yaml")
+        if isinstance(model, DynamicTeacher):
+            write_text(folder / "report.txt", f"{model.report()}\n")
+    engine = Engine(config, model, data, taught, folder, accelerator, shown)
+    if resume:
+        engine.resume()
+    _introduce(config, engine, shown)
+    recorder = Recorder(folder, engine.position.update) if main else None
+    try:
+        engine.run(recorder)
+        return _finish(engine, folder, example, shown)
+    finally:
+        if recorder is not None:
+            recorder.close()
+
+
+def _widen(config: DistillConfig, student: nn.Module, example: tuple[Tensor, ...], verify: bool) -> DynamicTeacher:
+    return expand(
+        student,
+        config.ratio,
+        example,
+        branches=config.branches,
+        exclude=config.exclude,
+        seed=config.seed,
+        verify=verify,
+    )
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, example: tuple[Tensor, ...]) -> Tensor:
+    training = model.training
+    try:
+        return select_logits(model.eval()(*example))
+    finally:
+        model.train(training)
+
+
+def _check_classes(config: DistillConfig, student: nn.Module, example: tuple[Tensor, ...], classes: int) -> None:
+    try:
+        shape = _logits(student, example).shape
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"student {config.student!r} does not take images of {list(example[0].shape[1:])}: {error}; give "
+            "input_size, or options of the model"
+        ) from error
+    if len(shape) != 2 or shape[1] != classes:
+        raise ArgumentError(
+            f"student {config.student!r} gives {list(shape[1:])} values an image, the data have {classes} classes; "
+            f"give the model an option, as in {config.student.partition(',')[0]},num_classes={classes}"
+        )
+
+
+def _check_static(static: StaticTeacher, example: tuple[Tensor, ...], classes: int) -> None:
+    try:
+        shape = static(example[0]).shape
+    except Exception as error:
+        raise ArgumentError(
+            f"the static teacher does not take images of {list(example[0].shape[1:])}: {type(error).__name__}: {error}"
+        ) from error
+    if len(shape) != 2 or shape[1] != classes:
+        raise ArgumentError(
+            f"the static teacher gives {list(shape[1:])} values an image, the data have {classes} classes; it must "
+            "have been trained on the same ones"
+        )
+
+
+def _introduce(config: DistillConfig, engine: Engine, console: Console) -> None:
+    model, at = engine.model, engine.position
+    if isinstance(model, DynamicTeacher):
+        report = model.report()
+        console.print(
+            f"dynamic teacher: {report.student_parameters:,} -> {_size(model):,} parameters, coverage "
+            f"{report.coverage:.4f}",
+            highlight=False,
+        )
+    steps = engine.epochs * engine.updates
+    console.print(
+        f"{engine.epochs} epochs of {engine.updates} updates of {config.batch_size} images, {engine.world} "
+        f"process{'es' if engine.world > 1 else ''} on {engine.device}"
+        + (f"; going on after update {at.update}" if at.update else ""),
+        highlight=False,
+    )
+    if config.ema_decay and not config.ema_warmup and (1 - config.ema_decay) * steps < 3:
+        console.print(
+            f"note: a moving average with decay {config.ema_decay:g} is longer than {steps:,} updates, so it will hold "
+            "mostly the first weights; lower ema_decay, or set ema_warmup",
+            highlight=False,
+        )
+
+
+def _finish(engine: Engine, folder: Path, example: tuple[Tensor, ...], console: Console) -> Results:
+    """Evaluate everything, and write what the run made."""
+    config, main = engine.config, engine.accelerator.is_main_process
+    engine.accelerator.unwrap_model(engine.wrapped, keep_fp32_wrapper=False)
+    scores = engine.evaluate()
+    sizes = {name: _size(engine.model) if name.startswith("teacher") else 0 for name in scores}
+    student = _plain(engine.model)
+    if main and config.recalibrate:
+        save_weights(student, folder / "student_before_recalibration.safetensors")
+    if config.recalibrate:
+        recalibrate(student.to(engine.device), _some_images(engine, config.recalibrate))
+        scores["student, batch norm recalibrated"] = engine.score(student)["student"]
+        student = student.cpu()
+    if engine.static is not None:
+        call = engine.static
+        scores["static teacher"] = engine.score_call(lambda images: {"it": call(images)})["it"]
+    onnx: dict[str, Any] = {}
+    if main:
+        save_weights(student, folder / "student.safetensors")
+        if isinstance(engine.model, DynamicTeacher):
+            save(engine.model, folder / "teacher.safetensors")
+        if engine.ema is not None:
+            save_weights(_plain(engine.ema.module), folder / "student_ema.safetensors")
+        if config.onnx:
+            onnx = export_onnx(student, folder / "student.onnx", example).to_dict()
+    engine.accelerator.wait_for_everyone()
+    if config.onnx:
+        runtime = OnnxTeacher(folder / "student.onnx")
+        scores["student in ONNX Runtime"] = engine.score_call(lambda images: {"it": runtime(images)})["it"]
+    small = sum(parameter.numel() for parameter in student.parameters())
+    sizes = {name: sizes.get(name, 0) or small for name in scores}
+    if engine.static is not None:
+        module = engine.static.module
+        sizes["static teacher"] = 0 if module is None else _size(module)
+    results = Results(scores, sizes, student, folder, onnx)
+    if main:
+        write_text(folder / "results.json", json.dumps(results.to_dict(), indent=2))
+        plot_metrics(folder, read_metrics(folder), config.student)
+        console.print(results.table())
+        console.print(f"written: {folder}", highlight=False)
+    return results
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The student as a plain module on the CPU, in eval mode; the model that it comes from stays as it is."""
+    student = fold(model) if isinstance(model, DynamicTeacher) else copy.deepcopy(model)
+    return student.cpu().eval()
+
+
+def _some_images(engine: Engine, count: int) -> Iterable[Tensor]:
+    """Augmented training images, the same on every process."""
+    config = engine.config
+    total = len(cast("Any", engine.images.train))
+    order = Order(total, config.batch_size, config.seed, 0, 1, engine.epochs)
+    batches = training_batches(engine.images.train, order, config.workers, False)
+    for _, (images, _) in zip(range(count), batches, strict=False):
+        yield images.to(engine.device)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
