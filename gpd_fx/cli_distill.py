@@ -87,6 +87,9 @@ def distill(
     ] = None,
     precision: Annotated[str | None, typer.Option(metavar="no|bf16|fp16", help="Mixed precision.  [no]")] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu", help="Where to train.  [auto]")] = None,
+    sync_batch_norm: Annotated[
+        bool, typer.Option("--sync-batch-norm", help="Batch-norm statistics over all processes.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that load images.  [4]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.  [0]")] = None,
     settings: Annotated[
@@ -147,6 +150,7 @@ def distill(
         "ema_decay": ema_decay,
         "precision": precision,
         "device": device,
+        "sync_batch_norm": sync_batch_norm or None,
         "workers": workers,
         "seed": seed,
     }

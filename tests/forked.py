@@ -1,4 +1,7 @@
-"""Calls in processes of their own that begin where the test is, so they need not import torch again."""
+"""Calls in processes of their own, forked from one that has imported everything and computed nothing.
+
+The test's own process may not be forked: autograd's threads do not survive that.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +15,53 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
+import pytest
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 
 
-def _quiet(call: Callable[[], Any], log: Path) -> None:
+def _run(function: Callable[..., Any], args: tuple[Any, ...], log: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
     with log.open("a") as file:
         try:
-            call()
+            function(*args)
         except BaseException:  # noqa: BLE001  all of it is reported
             traceback.print_exc(file=file)
             file.flush()
             os._exit(1)
-    os._exit(0)  # without what pytest does at the end
+    os._exit(0)
 
 
-def start(call: Callable[[], Any], log: Path) -> BaseProcess:
-    """Run `call` in a process; its traceback goes to `log`."""
-    assert _FORK is not None
-    process = _FORK.Process(target=_quiet, args=(call, log))
+def start(log: Path, function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Run a function of a module in a process; its traceback goes to `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gpd_fx.distill", "accelerate", "timm", "torchvision", "tests.distill_data"])
+    process = context.Process(target=_run, args=(function, args, log))
     process.start()
     return process
 
 
-def distributed(call: Callable[[int], Any], folder: Path, world: int = 2) -> None:
-    """Run `call(rank)` in processes that find each other as `torchrun` would let them; fails where one fails."""
+def _one(function: Callable[..., Any], args: tuple[Any, ...], names: dict[str, str]) -> None:
+    os.environ.update(names)
+    function(*args)
+
+
+def distributed(folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> None:
+    """Run a function in processes that find each other as under `torchrun`; fails where it fails in one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-
-    def one(rank: int) -> None:
-        from accelerate.state import AcceleratorState
-
-        reset: Any = vars(AcceleratorState)["_reset_state"]
-        reset.__func__(reset_partial_state=True)  # what the test's own process is
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        call(rank)
-
     log = folder / "errors.txt"
-    processes = [start(lambda rank=rank: one(rank), log) for rank in range(world)]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        start(log, _one, function, args, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
     for process in processes:
-        process.join(60)
+        process.join(100)
     alive = [process for process in processes if process.is_alive()]
     for process in alive:
         process.kill()
-    assert not alive, "a process waits for ever"
-    assert all(process.exitcode == 0 for process in processes), log.read_text()
+    assert all(process.exitcode == 0 for process in processes), log.read_text() or "a process waits for ever"

@@ -6,7 +6,6 @@ import io
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from gpd_fx.distill.metrics import read_metrics
 from gpd_fx.distill.state import checkpoints, read_state
 from gpd_fx.errors import TrainingError
 from tests.distill_data import Net, config, images, write_images
-from tests.forked import start
+from tests.forked import needs_fork, start
 
 pytest.importorskip("accelerate")
 pytest.importorskip("timm")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tests fork")
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
@@ -82,19 +80,21 @@ def train(setup: DistillConfig, folder: Path) -> None:
     distill(setup, folder, resume=resume, console=Console(file=io.StringIO()))
 
 
+@needs_fork
 def test_killed_at_random_moments_and_taken_up_it_ends_the_same(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     setup = everything(write_images(tmp_path / "data", 12, 6))
     log = tmp_path / "log.txt"
+    start(log, train, setup, tmp_path / "first").join()  # the server that processes are forked from imports torch now
     begun = time.perf_counter()
-    whole = start(lambda: train(setup, tmp_path / "whole"), log)
+    whole = start(log, train, setup, tmp_path / "whole")
     whole.join()
     assert whole.exitcode == 0, log.read_text()
     length = time.perf_counter() - begun
     moments = random.Random(0)
     kills, process = 0, whole
     for attempt in range(40):
-        process = start(lambda: train(setup, tmp_path / "killed"), log)
+        process = start(log, train, setup, tmp_path / "killed")
         limit = time.perf_counter() + moments.uniform(0.2, 0.9) * length
         folder = tmp_path / "killed" / "checkpoints"
         before = len(checkpoints(folder)) and checkpoints(folder)[-1]

@@ -141,8 +141,8 @@ class Engine:
         self.wrapped.train()
         self.model.train()
         started = time.perf_counter()
-        for images, target in self._training_batches(at.epoch, at.done):
-            parts = self._update(images, target)
+        for images, target in self.training_batches(at.epoch, at.done):
+            parts = self.update(images, target)
             at.done, at.update = at.done + 1, at.update + 1
             for name, value in parts.items():
                 at.sums[name] = at.sums.get(name, 0.0) + value
@@ -173,13 +173,14 @@ class Engine:
             self.console.print(_summary(line, self.epochs), highlight=False)
         self.save()
 
-    def _training_batches(self, epoch: int, done: int) -> DataLoader[Any]:
+    def training_batches(self, epoch: int, done: int) -> DataLoader[Any]:
+        """This process's part of an epoch's batches, those that are done left out."""
         rank: int = self.accelerator.process_index
         count = len(cast("Any", self.images.train))
         order = Order(count, self.config.batch_size, self.config.seed, rank, self.world, epoch, done)
         return training_batches(self.images.train, order, self.config.workers, self.device.type == "cuda")
 
-    def _update(self, images: Tensor, target: Tensor) -> dict[str, float]:
+    def update(self, images: Tensor, target: Tensor) -> dict[str, float]:
         """One optimizer step on one batch; returns the mean losses over all processes."""
         images, target = self._prepare(images, target)
         parts = self._losses(images, target)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
@@ -29,12 +30,27 @@ class SyncedBatchNorm(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in (torch.batch_norm, _aten.batch_norm.default, _aten.batch_norm):
-            return _batch_norm(func, *args, **(kwargs or {}))
+            return _batch_norm(*args, **(kwargs or {}))
+        if func is functional.batch_norm:  # what it calls inside would not come here
+            return _by_name(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
+def _by_name(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """With the arguments of `torch.nn.functional.batch_norm`."""
+    return _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, True)
+
+
 def _batch_norm(
-    func: Callable[..., Any],
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -46,7 +62,7 @@ def _batch_norm(
     cudnn_enabled: bool,
 ) -> Tensor:
     if not training:
-        return func(x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+        return torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     dims = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
