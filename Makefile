@@ -7,17 +7,19 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 ZOO_ARGS ?= core
+BENCH_ARGS ?= --device cpu
 FUZZ_ARGS ?= --graphs 20000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: help demo test zoo fuzz lint format venv clean
+.PHONY: help demo test zoo fuzz bench lint format venv clean
 
 help:
 	@echo 'make demo    the whole path on handwritten digits: expand, train, fold, export (writes ./gpd-demo)'
 	@echo 'make test    the tests'
 	@echo 'make zoo     whole models in float64; ZOO_ARGS="all --no-step" takes 435; goes on where it stopped (zoo.jsonl)'
 	@echo 'make fuzz    20,000 random models in float64; FUZZ_ARGS="--graphs 1000 --seed 3" takes others'
+	@echo 'make bench   speed and memory, 8 minutes, into bench/results; BENCH_ARGS="--device cuda" on a GPU'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  let ruff rewrite the code'
 	@echo 'make venv    only the virtual environment with everything in it'
@@ -34,6 +36,10 @@ zoo: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m bench.fuzz $(FUZZ_ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench all $(BENCH_ARGS)
+	$(BIN)/python -m bench table
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

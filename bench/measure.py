@@ -1,177 +1,173 @@
-"""Timing cases side by side, each gated by its check, with the machine and versions beside the figures."""
+"""Timing cases side by side, each gated by its checks."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import json
-import os
-import platform
+import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+
+from bench.machine import peak, timer
+
+LEAST = 3
+"""Rounds that are run even when time is up."""
+SAMPLE = 0.05
+"""Seconds that a sample lasts at least on a GPU; shorter calls are repeated without waiting in between."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far something is from what it should be, and how far it may be."""
+
+    what: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is a number within the tolerance."""
+        return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time: `run` does it once, `error` is how far its result is from what it should be."""
+    """Something to time: `run` does it once, `checks` says whether it is right.
+
+    Ratios are to the case called `base`, or to the first. A case that cannot be run says why in `left_out`.
+    """
 
     name: str
     run: Callable[[], object]
-    error: Callable[[], float]
-    tolerance: float
+    checks: Callable[[], Sequence[Check]]
+    base: str | None = None
+    left_out: str | None = None
+
+    @staticmethod
+    def missing(name: str, reason: str) -> Case:
+        """A case that cannot be run."""
+        return Case(name, lambda: None, lambda: (), left_out=reason)
 
 
 @dataclass
 class Row:
-    """What was found for one case; `seconds` is empty where the check failed."""
+    """What was found for one case; `seconds` is empty where a check failed."""
 
     name: str
-    error: float
-    correct: bool
+    checks: list[Check] = field(default_factory=list[Check])
+    left_out: str | None = None
+    base: str | None = None
     seconds: list[float] = field(default_factory=list[float])
     ratios: list[float] = field(default_factory=list[float])
     memory: int | None = None
+    figures: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def correct(self) -> bool:
+        """Whether there were checks and all passed."""
+        return self.left_out is None and bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def median(self) -> float | None:
+        """Seconds of a call; None where a check failed."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Time over that of the base, the median of the rounds."""
+        return statistics.median(self.ratios) if self.ratios else None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        found = asdict(self)
-        if self.seconds:
-            found["median"] = statistics.median(self.seconds)
-        if self.ratios:
-            found["ratio"] = statistics.median(self.ratios)
-        return found
+        return {
+            "name": self.name,
+            "correct": self.correct,
+            "left_out": self.left_out,
+            "checks": [{"what": c.what, "error": c.error, "tolerance": c.tolerance} for c in self.checks],
+            "base": self.base,
+            "median": self.median,
+            "ratio": self.ratio,
+            "seconds": self.seconds,
+            "ratios": self.ratios,
+            "memory": self.memory,
+            "figures": self.figures,
+        }
+
+    @staticmethod
+    def of_dict(found: dict[str, Any]) -> Row:
+        """The row that `to_dict` was called on."""
+        checks = [Check(c["what"], c["error"], c["tolerance"]) for c in found["checks"]]
+        rest = {key: found[key] for key in ("left_out", "base", "seconds", "ratios", "memory", "figures")}
+        return Row(found["name"], checks, **rest)
 
 
-def clock(device: torch.device) -> str:
-    """Processor time where one thread does all the work (what other programs take does not count), else wall time."""
-    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+def measure(cases: Sequence[Case], rounds: int, device: torch.device, until: float = math.inf) -> list[Row]:
+    """Check every case; then time those that are right in turn, `rounds` times after calls that are not counted.
 
-
-def timer(device: torch.device) -> Callable[[], float]:
-    """A clock that has waited for the device."""
-    if device.type == "cpu":
-        return time.process_time if clock(device) == "processor" else time.perf_counter
-
-    def wait() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return wait
-
-
-def measure(cases: Sequence[Case], rounds: int, device: torch.device) -> list[Row]:
-    """Check every case; then time those that are right in turn, `rounds` times after one round that is not counted.
-
-    Ratios are to the first case, within a round; there are none where the first case is wrong.
+    Once the monotonic clock is past `until` no more than `LEAST` rounds are run.
     """
     progress = Console(stderr=True)
-    rows: list[Row] = []
-    for case in cases:
-        error = case.error()
-        rows.append(Row(case.name, error, error <= case.tolerance))
-        progress.print(f"checked {case.name}: error {error:.1e}")
-    right = [(case, row) for case, row in zip(cases, rows, strict=True) if row.correct]
+    rows = [Row(case.name, left_out=case.left_out) for case in cases]
+    pairs = list(zip(cases, rows, strict=True))
+    gc.collect()
+    gc.freeze()  # what is there now stays: later collections look at new objects alone
+    for case, row in pairs:
+        if row.left_out is None:
+            attempt(row, lambda case=case, row=row: row.checks.extend(case.checks()))
+        progress.print(f"{case.name}: {verdict(row)}")
+    repeats: dict[str, int] = {}
+    for case, row in pairs:
+        if row.correct:
+            attempt(row, lambda case=case, row=row: repeats.update({case.name: _warm(case, row, device)}))
+    right = [(case, row) for case, row in pairs if row.correct]
     now = timer(device)
-    for case, row in right:
-        row.memory = peak(case.run, device)
     for number in range(rounds):
+        if number >= LEAST and time.monotonic() > until:
+            progress.print(f"time is up after {number} rounds")
+            break
         for case, row in right:
             gc.collect()
             started = now()
-            case.run()
-            row.seconds.append(now() - started)
+            for _ in range(repeats[case.name]):
+                case.run()
+            row.seconds.append((now() - started) / repeats[case.name])
         progress.print(f"round {number + 1} of {rounds}")
-    if rows[0].correct:
-        for _, row in right:
-            row.ratios = [mine / base for mine, base in zip(row.seconds, rows[0].seconds, strict=True)]
+    gc.unfreeze()
+    timed = {row.name: row for _, row in right}
+    for case, row in right:
+        row.base = case.base or cases[0].name
+        if row.base in timed:
+            row.ratios = [mine / base for mine, base in zip(row.seconds, timed[row.base].seconds, strict=True)]
     return rows
 
 
-def peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory during a call beyond what was there before it, in bytes; None where the system does not say."""
-    run()  # the first call may fill caches
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    if not sys.platform.startswith("linux"):
-        return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
+def attempt(row: Row, action: Callable[[], object]) -> None:
+    """Do something for a row; where it fails, the row is left out and says why."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
+        action()
+    except Exception as error:  # noqa: BLE001  out of memory, a failed compilation: the other rows are still wanted
+        row.left_out = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(key)
+def verdict(row: Row) -> str:
+    """What the checks of a row said."""
+    if row.left_out is not None:
+        return f"left out: {row.left_out}"
+    found = ", ".join(f"{c.what} {c.error:.1e} (at most {c.tolerance:.1e})" for c in row.checks)
+    return f"{'right' if row.correct else 'WRONG'}: {found}"
 
 
-def show(title: str, rows: Sequence[Row]) -> None:
-    """Print a table; a case that failed its check shows no speed."""
-    table = Table(title=title)
-    for column in ("case", "median s", "min-max s", "ratio (min-max)", "peak MB", "error"):
-        table.add_column(column, justify="left" if column == "case" else "right", overflow="fold")
-    for row in rows:
-        memory = "" if row.memory is None else f"{row.memory / 1e6:.0f}"
-        if not row.correct:
-            table.add_row(row.name, "WRONG", "", "", "", f"{row.error:.1e}")
-            continue
-        spread = f"{min(row.seconds):.3f}-{max(row.seconds):.3f}"
-        ratio = ""
-        if row.ratios:
-            ratio = f"{statistics.median(row.ratios):.2f} ({min(row.ratios):.2f}-{max(row.ratios):.2f})"
-        table.add_row(row.name, f"{statistics.median(row.seconds):.3f}", spread, ratio, memory, f"{row.error:.1e}")
-    Console().print(table)
-
-
-def save(path: Path, rows: Sequence[Row], device: torch.device, options: Mapping[str, Any]) -> None:
-    """Write the figures, the options and the machine as JSON."""
-    content = {
-        "options": dict(options),
-        "machine": machine(device),
-        "clock": clock(device),
-        "rows": [row.to_dict() for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        info = Path("/proc/cpuinfo")
-        if info.exists():
-            models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-            name = models[0].partition(":")[2].strip() if models else name
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "huge pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
-    }
+def _warm(case: Case, row: Row, device: torch.device) -> int:
+    """Memory of a call; returns how many calls make one sample."""
+    row.memory = peak(case.run, device)
+    if device.type == "cpu":
+        return 1
+    now = timer(device)
+    started = now()
+    case.run()
+    return max(1, min(100, math.ceil(SAMPLE / max(now() - started, 1e-9))))
