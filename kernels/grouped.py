@@ -2,7 +2,8 @@
 
 Both are opaque to autograd, `torch.compile` and `torch.export`, which see one call over flat lists of tensors. Saved
 for the backward pass are the operands themselves and nothing else. Autocast does not reach inside: a sum rounded to
-bf16 would lose what the branches learn.
+bf16 would lose what the branches learn. On CUDA the layers whose form the tile kernels know go through these, all in
+one launch; everything else is plain torch.
 """
 
 from __future__ import annotations
@@ -13,20 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpd_fx.kernels import plain
-from gpd_fx.kernels.recipe import Recipe, parse
+from gpd_fx.kernels import launch, plain
+from gpd_fx.kernels.forms import blank, memory_format, twin
+from gpd_fx.kernels.recipe import Operands, Recipe, parse
 
 
 @torch.library.custom_op("gpd_fx::compose", mutates_args=())
 def compose_op(weights: Sequence[Tensor], operands: Sequence[Tensor], recipes: str) -> list[Tensor]:
     """For each layer the teacher's tensor, then the student's, where its recipe asks for them."""
     flat = iter(operands)
-    found: list[Tensor] = []
+    layers = [(recipe, w, recipe.operands(flat)) for recipe, w in zip(parse(recipes), weights, strict=True)]
+    tiled = [n for n, (recipe, _, _) in enumerate(layers) if launch.supported(recipe)] if launch.usable(weights) else []
     with torch.autocast(weights[0].device.type, enabled=False):
-        for recipe, weight in zip(parse(recipes), weights, strict=True):
-            pair = plain.forward(recipe, weight, recipe.operands(flat))
-            found += [tensor for tensor in pair if tensor is not None]
-    return found
+        pairs = {n: _plain_forward(*layer) for n, layer in enumerate(layers) if n not in tiled}
+        if tiled:
+            chosen = [layers[n] for n in tiled]
+            made = launch.forward([r for r, _, _ in chosen], [w for _, w, _ in chosen], [o for _, _, o in chosen])
+            pairs.update(zip(tiled, made, strict=True))
+    return [tensor for n in range(len(layers)) for tensor in pairs[n] if tensor is not None]
+
+
+def _plain_forward(recipe: Recipe, weight: Tensor, operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+    wide, narrow = plain.forward(recipe, weight, operands)
+    return _lying(recipe, wide), _lying(recipe, narrow)
+
+
+def _lying(recipe: Recipe, tensor: Tensor | None) -> Tensor | None:
+    """A tensor of a layer as its recipe says that it lies."""
+    return None if tensor is None else tensor.contiguous(memory_format=memory_format(recipe.last, tensor.dim()))
 
 
 @compose_op.register_fake
@@ -34,8 +49,8 @@ def _(weights: Sequence[Tensor], operands: Sequence[Tensor], recipes: str) -> li
     del operands
     found: list[Tensor] = []
     for recipe, weight in zip(parse(recipes), weights, strict=True):
-        found += [weight.new_empty(recipe.wide)] if recipe.teacher else []
-        found += [weight.new_empty(recipe.shape)] if recipe.student else []
+        found += [blank(recipe, recipe.wide, weight)] if recipe.teacher else []
+        found += [blank(recipe, recipe.shape, weight)] if recipe.student else []
     return found
 
 
@@ -45,14 +60,40 @@ def backward_op(
 ) -> list[Tensor]:
     """The gradients of each layer's weight and terms, from those of its outputs, where `needed` has a 1."""
     flat = iter(operands)
-    found: list[Tensor] = []
-    device = next(g.device for g in gradients if g is not None)
-    with torch.autocast(device.type, enabled=False):
-        for recipe, pair, flags in _layers(gradients, recipes, needed):
+    given = [g for g in gradients if g is not None]
+    usable = launch.usable(given)
+    found: dict[int, list[Tensor | None]] = {}
+    tiled: dict[int, tuple[Recipe, Operands, tuple[Tensor | None, Tensor | None], list[bool]]] = {}
+    with torch.autocast(given[0].device.type, enabled=False):
+        for number, (recipe, pair, flags) in enumerate(_layers(gradients, recipes, needed)):
             layer = recipe.operands(flat)
-            if any(flags):
-                found += [t for t in plain.backward(recipe, layer, *pair, flags) if t is not None]
-    return found
+            if any(flags) and usable and launch.differentiable(recipe, flags):
+                tiled[number] = recipe, layer, pair, flags
+            elif any(flags):
+                found[number] = _plain_backward(recipe, layer, pair, flags)
+        if tiled:
+            chosen = list(tiled.values())
+            made = launch.backward(
+                [r for r, *_ in chosen],
+                [o for _, o, *_ in chosen],
+                [p for _, _, p, _ in chosen],
+                [f for *_, f in chosen],
+            )
+            found.update(zip(tiled, made, strict=True))
+    return [tensor for number in sorted(found) for tensor in found[number] if tensor is not None]
+
+
+def _plain_backward(
+    recipe: Recipe, operands: Operands, pair: tuple[Tensor | None, Tensor | None], needed: list[bool]
+) -> list[Tensor | None]:
+    of_weight, *others = plain.backward(recipe, operands, *pair, needed)
+    tensors = [t for term in operands.terms for t in term.tensors]
+    return [_lying(recipe, of_weight), *(_like(t, g) for t, g in zip(tensors, others, strict=True))]
+
+
+def _like(tensor: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """The gradient of an operand, lying as `twin` of it does."""
+    return gradient if gradient is None or tensor.device.type == "cpu" else twin(tensor).copy_(gradient)
 
 
 @backward_op.register_fake
@@ -63,8 +104,8 @@ def _(gradients: Sequence[Tensor | None], operands: Sequence[Tensor], recipes: s
         like = next((tensor for tensor in pair if tensor is not None), None)
         tensors = [t for term in recipe.operands(flat).terms for t in term.tensors]
         if like is not None and flags[0]:
-            found.append(like.new_empty(recipe.wide))
-        found += [t.new_empty(t.shape) for t, flag in zip(tensors, flags[1:], strict=True) if flag]
+            found.append(blank(recipe, recipe.wide, like))
+        found += [twin(t) for t, flag in zip(tensors, flags[1:], strict=True) if flag]
     return found
 
 

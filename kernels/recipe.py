@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gpd_fx.kernels.terms import InputFilter, Layer, Line, OutputFilter, Product, Term
@@ -30,9 +31,9 @@ class Operands(NamedTuple):
     terms: tuple[Term, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """What is known about one layer before the step.
+    """What is known about one layer before the step; equal only to itself, since `parse` makes each but once.
 
     Attributes:
         wide: the shape of the weight.
@@ -42,6 +43,7 @@ class Recipe:
         slices: a cut, True for an index, None for the whole dimension.
         shape: the student's shape.
         teacher, student: which of the two tensors are asked for.
+        last: whether the weight lies with its channels last, and so shall what is made of it.
     """
 
     wide: tuple[int, ...]
@@ -52,6 +54,7 @@ class Recipe:
     shape: tuple[int, ...]
     teacher: bool
     student: bool
+    last: bool
 
     @property
     def canonical(self) -> tuple[int, int, int, int]:
@@ -96,6 +99,7 @@ def encode(layer: Layer, teacher: bool, student: bool) -> str:
     """What is known about the layer, as text for `parse`."""
     layout = layer.layout
     numbers: list[int] = [len(layer.shape), *layer.weight.shape, *layer.shape, int(teacher), int(student)]
+    numbers += [int(_channels_last(layer.weight))]
     numbers += [0] if layout is None else [1, layout.groups, int(layout.transposed), layout.student_groups]
     numbers += [len(layer.terms)]
     for term in layer.terms:
@@ -116,6 +120,13 @@ def encode(layer: Layer, teacher: bool, student: bool) -> str:
     return " ".join([str(n) for n in numbers])
 
 
+def _channels_last(weight: Tensor) -> bool:
+    """Whether results shall be so; on the CPU they never are, since there is nothing to gain."""
+    if weight.device.type == "cpu" or weight.dim() not in (4, 5) or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
+
+
 @functools.lru_cache(maxsize=64)
 def parse(text: str) -> tuple[Recipe, ...]:
     """The recipes of all layers, one a line."""
@@ -127,7 +138,7 @@ def _parse(numbers: Sequence[int]) -> Recipe:
     dims = next(left)
     wide = tuple(next(left) for _ in range(dims))
     shape = tuple(next(left) for _ in range(dims))
-    teacher, student = bool(next(left)), bool(next(left))
+    teacher, student, last = bool(next(left)), bool(next(left)), bool(next(left))
     layout = KernelLayout(next(left), bool(next(left)), next(left)) if next(left) else None
     terms = tuple((next(left), next(left)) for _ in range(next(left)))
     alpha = tuple(bool(next(left)) for _ in range(next(left)))
@@ -135,4 +146,4 @@ def _parse(numbers: Sequence[int]) -> Recipe:
     for _ in range(dims):
         kind = next(left)
         slices.append(Cut(next(left), next(left), next(left)) if kind == _CUT else True if kind == _INDEX else None)
-    return Recipe(wide, layout, terms, alpha, tuple(slices), shape, teacher, student)
+    return Recipe(wide, layout, terms, alpha, tuple(slices), shape, teacher, student, last)

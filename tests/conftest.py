@@ -8,6 +8,7 @@ from collections.abc import Callable
 # Before torch is imported: several workers with several threads each would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # and before triton is: kernels run on CPU tensors
 
 import pytest
 import torch

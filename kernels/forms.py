@@ -1,0 +1,166 @@
+"""How a layer lies before the tile kernels: a matrix of outputs and inputs for each group and tap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpd_fx.kernels.recipe import Recipe
+from gpd_fx.kernels.terms import tap
+from gpd_fx.layout import Cut
+
+MOST_FILTERS, MOST_LINES = 3, 3
+_LARGEST = 2**31 - 1  # offsets within a tensor are 32-bit
+
+
+@dataclass(frozen=True)
+class Form:
+    """The sizes of a layer, and the storage dimensions that its rows (outputs) and columns (inputs) come from.
+
+    Attributes:
+        groups, outputs, taps, inputs: the sizes; they multiply to the number of elements.
+        row, column: the storage dimension that alpha and slice belong to; None where neither is there.
+        row_groups, column_groups: whether that dimension counts through all groups.
+    """
+
+    groups: int
+    outputs: int
+    taps: int
+    inputs: int
+    row: int | None
+    column: int | None
+    row_groups: bool = False
+    column_groups: bool = False
+
+
+def form_of(recipe: Recipe) -> Form | None:
+    """The form of a layer, or None where the tile kernels cannot take it."""
+    if math.prod(recipe.wide) > _LARGEST or any(part is True for part in recipe.slices):
+        return None
+    active = [d for d in range(len(recipe.wide)) if _active(recipe, d)]
+    if recipe.layout is not None and len(recipe.wide) >= 2:
+        if any(d >= 2 for d in active) or not _known(recipe):
+            return None
+        g, o, i, taps = recipe.canonical
+        if recipe.layout.transposed:
+            return Form(g, o, taps, i, 1, 0, column_groups=True)
+        return Form(g, o, taps, i, 0, 1, row_groups=True)
+    if recipe.terms or not 1 <= len(active) <= 2:
+        return None
+    first, last = active[0], active[-1]
+    outer, inner = math.prod(recipe.wide[:first]), math.prod(recipe.wide[last + 1 :])
+    if first == last:
+        return Form(outer, recipe.wide[first], 1, inner, first, None)
+    between = math.prod(recipe.wide[first + 1 : last])
+    if between > 1 and inner > 1:
+        return None
+    return Form(outer, recipe.wide[first], between * inner, recipe.wide[last], first, last)
+
+
+def _active(recipe: Recipe, dim: int) -> bool:
+    """Whether a dimension has a factor or is cut."""
+    scaled = dim < len(recipe.alpha) and recipe.alpha[dim]
+    return scaled or (dim < len(recipe.slices) and recipe.slices[dim] is not None)
+
+
+def _known(recipe: Recipe) -> bool:
+    """Whether there are no more terms of a kind than the kernels have room for."""
+    codes = [code for code, _ in recipe.terms]
+    return all(codes.count(code) <= most for code, most in enumerate((MOST_FILTERS, 1, 1, MOST_LINES)))
+
+
+def strides_of(form: Form, recipe: Recipe, tensor: Tensor) -> tuple[int, int, int, int]:
+    """The strides of group, output, tap and input in a tensor stored like the weight."""
+    strides, sizes = tensor.stride(), tensor.shape
+    if recipe.layout is not None and len(sizes) >= 2:
+        taps = tap_stride(strides[2:], sizes[2:])
+        assert taps is not None
+        if recipe.layout.transposed:
+            return form.inputs * strides[0], strides[1], taps, strides[0]
+        return form.outputs * strides[0], strides[0], taps, strides[1]
+    assert form.row is not None
+    row = math.prod(sizes[form.row + 1 :])
+    group = form.outputs * row
+    if form.column is None:
+        return group, row, 0, 1
+    column = math.prod(sizes[form.column + 1 :])
+    return group, row, 1 if column > 1 else form.inputs, column
+
+
+def tap_stride(strides: Sequence[int], sizes: Sequence[int]) -> int | None:
+    """The stride of the kernel axes taken as one; 0 where there is one tap, None where they cannot be."""
+    found, step = 0, 0
+    for stride, size in zip(reversed(strides), reversed(sizes), strict=True):
+        if size == 1:
+            continue
+        if found and stride != step:
+            return None
+        found, step = found or stride, stride * size
+    return found
+
+
+def memory_format(last: bool, dims: int) -> torch.memory_format:
+    """How a tensor of a layer lies."""
+    if last and dims == 4:
+        return torch.channels_last
+    return torch.channels_last_3d if last and dims == 5 else torch.contiguous_format
+
+
+def blank(recipe: Recipe, shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised tensor of a layer, of its weight's or its student's shape, that lies as the recipe says."""
+    layout = memory_format(recipe.last, len(shape))
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def twin(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor for the gradient of an operand, that lies as it does; contiguous on the CPU."""
+    return tensor.new_empty(tensor.shape) if tensor.device.type == "cpu" else torch.empty_like(tensor)
+
+
+def maps_of(form: Form, recipe: Recipe) -> tuple[Tensor, Tensor, int]:
+    """Where the student has each row and column, in elements, or -1; and how far apart its taps are."""
+    blank = torch.empty(recipe.shape, device="meta", memory_format=memory_format(recipe.last, len(recipe.shape)))
+    assert form.row is not None
+    rows = _offsets(recipe, form.row, blank.stride(form.row))
+    if recipe.layout is not None and len(recipe.wide) >= 2:
+        assert form.column is not None
+        columns = _offsets(recipe, form.column, blank.stride(form.column))
+        rows = rows if form.row_groups else rows.repeat(form.groups)
+        columns = columns if form.column_groups else columns.repeat(form.groups)
+        return rows, columns, tap_stride(blank.stride()[2:], blank.shape[2:]) or 0
+    step = recipe.shape[form.row] * blank.stride(form.row)
+    rows = torch.where(rows >= 0, rows + step * torch.arange(form.groups)[:, None], -1).flatten()
+    if form.column is None:
+        return rows, torch.arange(form.inputs).repeat(form.groups), 0
+    columns = _offsets(recipe, form.column, blank.stride(form.column))
+    taps = 1 if blank.stride(form.column) > 1 else recipe.shape[form.column]
+    return rows, columns.repeat(form.groups), taps
+
+
+def _offsets(recipe: Recipe, dim: int, stride: int) -> Tensor:
+    """Where the student has each index of a dimension, or -1."""
+    size = recipe.wide[dim]
+    part = recipe.slices[dim] if dim < len(recipe.slices) else None
+    kept = torch.arange(size)
+    if part is not None:
+        assert isinstance(part, Cut)
+        kept = kept.view(part.of, -1)[: part.blocks, : part.length].flatten()
+    offsets = torch.full((size,), -1)
+    offsets[kept] = torch.arange(len(kept)) * stride
+    return offsets
+
+
+def lines_of(recipe: Recipe) -> list[tuple[int, int, int]]:
+    """For each line its length, its first tap, and the step between its taps."""
+    found: list[tuple[int, int, int]] = []
+    kernel = recipe.layout.canonical_shape(recipe.wide)[3:] if recipe.layout is not None else ()
+    for code, axis in recipe.terms:
+        if code == 3:
+            steps = [math.prod(kernel[a + 1 :]) for a in range(len(kernel))]
+            first = sum(tap(n) * steps[a] for a, n in enumerate(kernel) if a != axis)
+            found.append((kernel[axis], first, steps[axis]))
+    return found

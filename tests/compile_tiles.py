@@ -1,0 +1,97 @@
+"""Compile the tile kernels for one GPU without having it: `python tests/compile_tiles.py cuda 90`; prints JSON.
+
+For each kernel, dtype and variant: bytes of shared memory, registers and bytes spilled to memory, and how many matrix
+instructions there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gpd_fx.kernels import launch, tile_kernels
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# Triton gives its compiler no types.
+
+POINTERS = {"tasks": "*i32", "dyn": "*i64", "geo": "*i32", "maps": "*i32"}
+
+
+def compiled(name: str, target: Any, dtype: Any, few: int) -> dict[str, Any]:
+    """Compile one variant; with lines, and with layers of few and of many inputs, which takes the most registers."""
+    blocks = launch.FORWARD if name == "compose_tiles" else launch.BACKWARD
+    kernel = getattr(tile_kernels, name)
+    constants = {
+        "outputs_block": blocks.outputs,
+        "inputs_block": blocks.inputs,
+        "inner": blocks.inner,
+        "rows_block": blocks.rows,
+        "few": few,
+        "has_small": True,
+        "has_large": True,
+        "has_lines": True,
+        "precision": "ieee" if target.backend == "hip" else "tf32x3",
+        "dtype": dtype,
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature={**POINTERS, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
+        attrs={(n,): [["tt.divisibility", 16]] for n in range(len(POINTERS))},
+    )
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+    made = triton.compile(source, target=target, options=options)
+    found = {"kernel": name, "dtype": str(dtype), "few": few, "shared": made.metadata.shared}
+    return found | (_amd(made.asm["amdgcn"]) if target.backend == "hip" else _nvidia(made.asm["ptx"], target.arch))
+
+
+def _nvidia(ptx: str, arch: int) -> dict[str, int]:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(file), "-o", str(Path(folder) / "out")]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", told)
+    matrix = len(re.findall(r"\b(?:mma|wgmma)[.\w]*sync|tcgen05\.mma", ptx))
+    return {"registers": int(re.findall(r"Used (\d+) registers", told)[0]), "spilled": sum(map(int, spilled))} | {
+        "matrix": matrix
+    }
+
+
+def _amd(assembly: str) -> dict[str, int]:
+    def number(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "matrix": assembly.count("v_mfma"),
+    }
+
+
+def main() -> None:
+    """Compile all variants for the target named on the command line."""
+    backend, arch = sys.argv[1:]
+    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    names, dtypes = ("compose_tiles", "differentiate_tiles"), (tl.float32, tl.float16, tl.bfloat16)
+    rows = [compiled(name, target, dtype, 16) for name, dtype in itertools.product(names, dtypes)]
+    sys.stdout.write(json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
