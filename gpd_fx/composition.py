@@ -2,6 +2,8 @@
 
     M = W + sum_b v_b[o] T_b(theta_b)      teacher: alpha[i] M      student: M[slice]
 
+Branches may be left out of the teacher's tensors, for a graph that runs them beside the layer (`gpd_fx.apart`).
+
 The keys of the state dict are `weights.<name>` for W and `branches.<name>.<branch>.<tensor>` for v and theta, where
 <name> is the student's name of the parameter.
 """
@@ -15,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpd_fx.apart import TOGETHER, ApartKeys, ApartSet, add_products, beside, group_slice, refusal
 from gpd_fx.branches import MAIN, BranchKind, Sizes, find_kind, random_tensor, resolve_branches
 from gpd_fx.errors import ArgumentError
-from gpd_fx.kernels.compose import Layer, Term, compose
+from gpd_fx.kernels.compose import Layer, Product, Term, compose
 from gpd_fx.layout import ParamPlan, Slice
 
 
@@ -47,7 +50,7 @@ class _Branch:
 
 @dataclass
 class _Slot:
-    """A parameter with its plan; `alpha`, `slices` and `fixed` follow the parameter's dtype and device."""
+    """A parameter with its plan; `alpha`, `slices`, `groups` and `fixed` follow the parameter's dtype and device."""
 
     plan: ParamPlan
     owner: nn.Module
@@ -55,7 +58,8 @@ class _Slot:
     sizes: Sizes | None
     branches: tuple[_Branch, ...]
     alpha: tuple[Tensor | None, ...] = ()
-    slices: tuple[Slice, ...] = ()
+    slices: Sequence[Slice] = ()
+    groups: Slice = None
     fixed: tuple[dict[str, Tensor], ...] = ()
 
     def prepare(self) -> None:
@@ -63,7 +67,8 @@ class _Slot:
         weight = self.weight()
         plan = self.plan
         self.alpha = tuple(None if a is None else a.to(weight.dtype).to(weight.device) for a in plan.alpha)
-        self.slices = tuple(s.to(weight.device) if isinstance(s, Tensor) else s for s in plan.slices)
+        slices = (*plan.slices, group_slice(plan))
+        *self.slices, self.groups = (s.to(weight.device) if isinstance(s, Tensor) else s for s in slices)
         if self.sizes is not None:
             sizes = self.sizes
             self.fixed = tuple(
@@ -75,16 +80,31 @@ class _Slot:
         """The parameter itself, or what stands in for it during a `functional_call`."""
         return getattr(self.owner, self.leaf)
 
-    def layer(self) -> Layer:
-        """What `compose` takes: the parameter, its terms and its constants."""
+    def terms(self, number: int) -> tuple[Term, ...]:
+        """What one of the branches adds."""
+        assert self.sizes is not None
+        branch, split = self.branches[number], (self.sizes.groups, -1)
+        theta: dict[str, Tensor] = {n: getattr(branch.tree, n).unflatten(0, split) for n in branch.names}
+        return branch.kind.terms(theta.pop("v"), {**theta, **self.fixed[number]})
+
+    def layer(self, apart: ApartSet = TOGETHER) -> Layer:
+        """What `compose` takes: the parameter, its terms but those that run apart, and its constants."""
         plan = self.plan
         terms: list[Term] = []
-        if self.sizes is not None:
-            for branch, fixed in zip(self.branches, self.fixed, strict=True):
-                split = (self.sizes.groups, -1)
-                theta: dict[str, Tensor] = {n: getattr(branch.tree, n).unflatten(0, split) for n in branch.names}
-                terms += branch.kind.terms(theta.pop("v"), {**theta, **fixed})
-        return Layer(self.weight(), plan.kernel, tuple(terms), self.alpha, self.slices, plan.shape)
+        for number, branch in enumerate(self.branches):
+            if (plan.name, branch.kind.name) not in apart:
+                terms += self.terms(number)
+        return Layer(self.weight(), plan.kernel, tuple(terms), self.alpha, tuple(self.slices), plan.shape)
+
+    def products(self, apart: ApartSet) -> dict[str, Product]:
+        """The branches that run apart, by name."""
+        found: dict[str, Product] = {}
+        for number, branch in enumerate(self.branches):
+            if (self.plan.name, branch.kind.name) in apart:
+                (term,) = self.terms(number)
+                assert isinstance(term, Product)
+                found[branch.kind.name] = term
+        return found
 
 
 class Composition(nn.Module):
@@ -169,10 +189,27 @@ class Composition(nn.Module):
         """What `compose` takes, in the order of the plans."""
         return [slot.layer() for slot in self._slots]
 
-    def forward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The teacher's tensors, alpha included, and the student's, from one composition."""
-        teacher, student = compose(self.layers())
-        return self._named(teacher), self._named(student)
+    def products(self) -> dict[tuple[str, str], tuple[int, str | None]]:
+        """The branches that are a product of two kernels, as (parameter, branch).
+
+        With each its inner width, and why it cannot run apart, or None where it can.
+        """
+        found: dict[tuple[str, str], tuple[int, str | None]] = {}
+        for slot in self._slots:
+            for number, branch in enumerate(slot.branches):
+                terms = slot.terms(number)
+                if len(terms) == 1 and isinstance(terms[0], Product):
+                    found[slot.plan.name, branch.kind.name] = (terms[0].point.shape[1], refusal(slot.plan))
+        return found
+
+    def forward(self, apart: ApartSet = TOGETHER) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The teacher's tensors, alpha included, and the student's, from one composition.
+
+        The teacher's lack the branches that are to run apart; what those need lies among them, under `ApartKeys`.
+        """
+        layers = [slot.layer(apart) for slot in self._slots]
+        teacher, student = compose(layers)
+        return self._named(teacher) | self._beside(apart), self._whole(layers, student, apart)
 
     @torch.no_grad()
     def one_by_one(self) -> Iterator[tuple[ParamPlan, Tensor, Tensor]]:
@@ -185,13 +222,32 @@ class Composition(nn.Module):
         """Each plan with its parameter, without branches."""
         return ((slot.plan, slot.weight()) for slot in self._slots)
 
-    def teacher(self) -> dict[str, Tensor]:
+    def teacher(self, apart: ApartSet = TOGETHER) -> dict[str, Tensor]:
         """Only the teacher's tensors, alpha included."""
-        return self._named(compose(self.layers(), student=False)[0])
+        layers = [slot.layer(apart) for slot in self._slots]
+        return self._named(compose(layers, student=False)[0]) | self._beside(apart)
 
-    def student(self) -> dict[str, Tensor]:
+    def student(self, apart: ApartSet = TOGETHER) -> dict[str, Tensor]:
         """Only the student's tensors."""
-        return self._named(compose(self.layers(), teacher=False)[1])
+        layers = [slot.layer(apart) for slot in self._slots]
+        return self._whole(layers, compose(layers, teacher=False)[1], apart)
+
+    def _beside(self, apart: ApartSet) -> dict[str, Tensor]:
+        """What the branches that run apart need in the teacher."""
+        found: dict[str, Tensor] = {}
+        for slot in self._slots if apart else ():
+            for branch, term in slot.products(apart).items():
+                found |= beside(term, slot.alpha, ApartKeys.of(slot.plan.name, branch))
+        return found
+
+    def _whole(self, layers: Sequence[Layer], narrow: Sequence[Tensor], apart: ApartSet) -> dict[str, Tensor]:
+        """The student's tensors, with the branches that were left out of them."""
+        tensors = self._named(narrow)
+        for slot, layer in zip(self._slots, layers, strict=True) if apart else ():
+            products = list(slot.products(apart).values())
+            if products:
+                tensors[slot.plan.name] = add_products(layer, tensors[slot.plan.name], products, slot.groups)
+        return tensors
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:

@@ -38,3 +38,22 @@ def put(module: nn.Module, path: str, value: object, *, like: object) -> None:
 def graphs_of(module: nn.Module) -> list[fx.GraphModule]:
     """A graph module and those inside it, which are the bodies of some of its calls."""
     return [inner for inner in module.modules() if isinstance(inner, fx.GraphModule)]
+
+
+def has(module: nn.Module, path: str) -> bool:
+    """Whether there is an attribute at a path, be it None."""
+    try:
+        fetch(module, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def with_graph(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module of `graph` that shares its attributes with `module`; empty places are plain attributes."""
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            value = fetch(module, str(node.target))
+            put(root, str(node.target), value, like=value)
+    return fx.GraphModule(root, graph)

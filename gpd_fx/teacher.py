@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from gpd_fx.apart import TOGETHER, ApartKeys, ApartSet
 from gpd_fx.calls import call_with, places_of, recurrent_layers
 from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
+from gpd_fx.fakes import shapes_of
 from gpd_fx.inputs import check_inputs
-from gpd_fx.paths import graphs_of, put
+from gpd_fx.paths import graphs_of, put, with_graph
 from gpd_fx.private import copy_graph, enter_autocast
 from gpd_fx.regions import has_autocast, restored_autocast
 from gpd_fx.report import ExpansionReport
+from gpd_fx.schedule import BranchSchedule, Choice, ProductSizes, Use
+from gpd_fx.spans import some
 
 Role = Literal["teacher", "student", "both"]
 
@@ -65,6 +70,8 @@ class DynamicTeacher(nn.Module):
         self._recurrent = recurrent_layers(skeleton)
         self._autocast = {key for key, graph in graphs.items() if has_autocast(graph)}
         feeds = {key: {str(n.target) for n in g.graph.find_nodes(op="get_attr")} for key, g in graphs.items()}
+        self._apart = TOGETHER
+        self._beside: dict[str, dict[str, str]] = {key: {} for key in graphs}  # places in a graph -> `ApartKeys`
         self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
 
     def forward(self, *args: Any, role: Role = "teacher", **kwargs: Any) -> Any:
@@ -79,11 +86,11 @@ class DynamicTeacher(nn.Module):
             ArgumentError: an unknown role.
         """
         if role == "teacher":
-            return self.run_teacher(self.composition.teacher(), *args, **kwargs)
+            return self.run_teacher(self.composition.teacher(self._apart), *args, **kwargs)
         if role == "student":
-            return self.run_student(self.composition.student(), *args, **kwargs)
+            return self.run_student(self.composition.student(self._apart), *args, **kwargs)
         if role == "both":
-            wide, narrow = self.composition()
+            wide, narrow = self.composition(self._apart)
             return self.run_teacher(wide, *args, **kwargs), self.run_student(narrow, *args, **kwargs)
         raise ArgumentError(f"role is {role!r}; it must be 'teacher', 'student' or 'both'")
 
@@ -98,8 +105,11 @@ class DynamicTeacher(nn.Module):
     def run_teacher(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the wide graph of the current mode with composed tensors, by canonical name.
 
+        While branches run apart, the tensors are those of `composition.teacher(self.apart)`.
+
         Raises:
             InputError: the inputs are unlike those that the graph was captured with.
+            ArgumentError: the tensors were composed for another schedule.
         """
         key = "train" if self.training else "eval"
         graph = self.graphs[f"{key}_mode"]
@@ -108,6 +118,10 @@ class DynamicTeacher(nn.Module):
             check_inputs(graph, args, kwargs)
         buffers = dict(self.wide_buffers.named_buffers())
         state = {t: tensors[name] if name in tensors else buffers[name] for t, name in self._feeds[key].items()}
+        for place, name in self._beside[key].items():
+            if name not in tensors:
+                raise ArgumentError(f"the tensors lack {name!r}; compose them by composition.teacher(teacher.apart)")
+            state[place] = tensors[name]
         framed = key in self._autocast and not torch.compiler.is_compiling()
         with restored_autocast() if framed else contextlib.nullcontext():
             return torch.func.functional_call(graph, state, args, kwargs, tie_weights=False)
@@ -124,9 +138,7 @@ class DynamicTeacher(nn.Module):
         """
         from gpd_fx.passes.branch import insert_composition  # passes import this module
 
-        source = self.graphs[f"{mode}_mode"]
-        assert isinstance(source, fx.GraphModule)
-        graph = fx.GraphModule(source, copy_graph(source.graph)[0])
+        graph = self._plain(mode)
         buffers = dict(self.wide_buffers.named_buffers())
         names: dict[str, tuple[str, ...]] = {}
         for target, name in self._feeds[mode].items():
@@ -138,6 +150,114 @@ class DynamicTeacher(nn.Module):
         insert_composition(graph, names)
         graph.recompile()
         return graph
+
+    @property
+    def apart(self) -> ApartSet:
+        """The branches that run apart, as (parameter, branch)."""
+        return self._apart
+
+    def schedule(self, *args: Any, **kwargs: Any) -> BranchSchedule:
+        """Choose, for inputs of this size, which branches are composed and which run apart, by their cost.
+
+        Both ways are exact, so this changes the speed and the memory of a step, and nothing else. It holds for both
+        modes until the next call of this or of `run_apart`, and is not saved.
+
+        Args:
+            args: inputs as in training; only their shapes count, and tensors on the meta device will do.
+            kwargs: keyword inputs likewise.
+
+        Raises:
+            InputError: the inputs are unlike those that the graphs were captured with.
+        """
+        given, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        plain = self._plain("train")
+        check_inputs(plain, given, kwargs)
+        plans = {plan.name: plan for plan in self.composition.plans}
+        wide = {plan.name: weight for plan, weight in self.composition.wide_parameters()}
+        wide |= self.wide_buffers.named_buffers()
+        shapes = shapes_of(plain, {t: wide[n] for t, n in self._feeds["train"].items()}, given, kwargs)
+        choices: list[Choice] = []
+        for (name, branch), (inner, refusal) in self.composition.products().items():
+            product = ProductSizes.of(plans[name], inner)
+            reason = refusal or self._obstacle(name)
+            if reason is not None:
+                choices.append(Choice(name, branch, product.composed(), None, "composed", reason))
+                continue
+            nodes = [node for _, node in self._uses("train", name)]
+            uses = [Use.of(shapes[n.all_input_nodes[0].name], shapes[n.name], product) for n in nodes]
+            choices.append(Choice.cheaper(name, branch, product, uses))
+        found = BranchSchedule(tuple(choices))
+        self.run_apart(found.apart)
+        return found
+
+    def run_apart(self, branches: Iterable[tuple[str, str]]) -> None:
+        """Let exactly these branches run apart, each given as (parameter, branch): none with an empty list.
+
+        Raises:
+            ArgumentError: there is no such branch, or it cannot run apart.
+        """
+        from gpd_fx.passes.apart import Apart, Beside  # passes import this module
+
+        chosen = frozenset(branches)
+        known = self.composition.products()
+        for name, branch in sorted(chosen):
+            if (name, branch) not in known:
+                among = f"; there are {some([f'{n} {b}' for n, b in known])}" if known else ""
+                raise ArgumentError(f"run_apart: {name!r} has no product branch {branch!r}{among}")
+            reason = known[name, branch][1] or self._obstacle(name)
+            if reason is not None:
+                raise ArgumentError(f"run_apart: branch {branch!r} of {name!r} cannot run apart: {reason}")
+        taps = {plan.name: prod(plan.wide_shape[2:]) for plan in self.composition.plans}
+        for mode, feeds in self._feeds.items():
+            graph = self.graphs[f"{mode}_mode"]
+            assert isinstance(graph, fx.GraphModule)
+            places: dict[str, str] = {}
+            added: dict[str, tuple[Beside, ...]] = {}
+            for target, name in feeds.items():
+                for number, (owner, branch) in enumerate(sorted(chosen)):
+                    if owner == name:
+                        keys = ApartKeys.of(name, branch)
+                        paths = ApartKeys(*(f"_gpd_apart{number}_{part}" for part in keys._fields))
+                        places |= zip(paths, keys, strict=True)
+                        added[target] = (*added.get(target, ()), Beside(*paths, taps=taps[name]))
+            plain = self._plain(mode)
+            for path in places:
+                put(plain, path, None, like=None)
+                put(graph, path, None, like=torch.empty(0))
+            graph.graph = Apart(added)(plain).module.graph
+            self._beside[mode] = places
+        self._apart = chosen
+
+    def _plain(self, mode: str) -> fx.GraphModule:
+        """The graph of a mode with all branches composed."""
+        from gpd_fx.passes.apart import without_branches  # passes import this module
+
+        source = self.graphs[f"{mode}_mode"]
+        assert isinstance(source, fx.GraphModule)
+        graph = copy_graph(source.graph)[0]
+        without_branches(graph)
+        return with_graph(source, graph)
+
+    def _uses(self, mode: str, name: str) -> list[tuple[fx.Node, fx.Node]]:
+        """The nodes of a parameter in the graph of a mode, each with an op that takes it."""
+        from gpd_fx.passes.apart import uses_of  # passes import this module
+
+        graph = self.graphs[f"{mode}_mode"]
+        assert isinstance(graph, fx.GraphModule)
+        return [
+            node
+            for target, owner in self._feeds[mode].items()
+            if owner == name
+            for node in uses_of(graph.graph, target)
+        ]
+
+    def _obstacle(self, name: str) -> str | None:
+        """What in the graphs keeps the branches of a parameter from running apart."""
+        from gpd_fx.passes.apart import obstacle  # passes import this module
+
+        uses = [use for mode in self._feeds for use in self._uses(mode, name)]
+        found = [obstacle(*use) for use in uses]
+        return next((reason for reason in found if reason is not None), None) if uses else "no op uses it"
 
     def report(self) -> ExpansionReport:
         """What the expansion did: widths, coverage, what stayed unwidened and why, costs."""

@@ -1,5 +1,6 @@
 """Passes: transformations of FX graphs, each usable alone on a captured `fx.GraphModule` or in a `Pipeline`."""
 
+from gpd_fx.passes.apart import Apart as Apart
 from gpd_fx.passes.base import Pass as Pass
 from gpd_fx.passes.base import PassResult as PassResult
 from gpd_fx.passes.base import Pipeline as Pipeline
