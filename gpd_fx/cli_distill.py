@@ -41,6 +41,14 @@ def distill(
     ] = None,
     static_weights: Annotated[str | None, typer.Option(metavar="FILE", help="Its weights (safetensors).")] = None,
     static_loss: Annotated[str | None, typer.Option(metavar="dkd|kd", help="How to learn from it.  [dkd]")] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NAME",
+            help="Compare the outputs of a module or node of the student with those of one of the static teacher as "
+            "well (ReviewKD); repeatable, from shallow to deep.",
+        ),
+    ] = None,
     static_compile: Annotated[bool, typer.Option("--static-compile", help="Compile it.")] = False,
     alone: Annotated[
         bool, typer.Option("--alone", help="Without a dynamic teacher: the baseline to compare with.")
@@ -132,6 +140,7 @@ def distill(
         "static_teacher": static_teacher,
         "static_weights": static_weights,
         "static_loss": static_loss,
+        "features": None if feature is None else [pair.split("=") for pair in feature],
         "static_compile": static_compile or None,
         "alone": alone or None,
         "ratio": None if ratio is None else parse_ratios(ratio),

@@ -40,7 +40,8 @@ class DistillConfig:
         static_compile: compile it.
         static_loss: how both networks learn from it: "dkd" or "kd".
         static_options: of that loss: `alpha`, `beta`, `temperature` for dkd; `temperature`, `smoothing` for kd.
-        features: pairs (of the student, of the static teacher) of module names whose outputs are compared as well.
+        features: pairs (of the student, of the static teacher) of names of modules or nodes whose outputs are compared
+            as well (ReviewKD), from shallow to deep.
         alone: train the student without a dynamic teacher, as a baseline.
         ratio: how many times wider the dynamic teacher is, or such numbers by parameter-name glob.
         branches: "orepa", none, or a list of branch names.
@@ -160,8 +161,9 @@ class DistillConfig:
         for pair in self.features:
             if len(pair) != 2:
                 raise ArgumentError(f"features has {pair!r}; each entry is a pair: student's module, static teacher's")
-        if self.features and self.static_teacher is None:
-            raise ArgumentError("features are compared with those of a static teacher; name one (static_teacher)")
+        for names in zip(*self.features, strict=True):
+            if len(set(names)) < len(names):
+                raise ArgumentError(f"features names {names} on one side; each may be there once")
         if self.static_weights is not None and self.static_teacher is None:
             raise ArgumentError("static_weights are those of a static teacher; name it (static_teacher)")
         if (self.mixup or self.cutmix) and self.batch_size % 2:

@@ -35,7 +35,7 @@ from gpd_fx.distill.randomness import derive, set_all
 from gpd_fx.distill.state import checkpoint_path, checkpoints, prune, read_state, write_state
 from gpd_fx.distill.static import StaticTeacher
 from gpd_fx.distill.syncbn import SyncedBatchNorm
-from gpd_fx.distill.trainee import Trainee
+from gpd_fx.distill.trainee import Trainee, with_reviews
 from gpd_fx.errors import ArgumentError, CheckpointError, TrainingError
 from gpd_fx.teacher import DynamicTeacher
 
@@ -88,20 +88,29 @@ class Engine:
         self.updates = len(cast("Any", images.train)) // config.batch_size  # in an epoch
         self.epochs = config.epochs or 0
         self._check()
-        self.trainee = Trainee(model).to(self.device)
-        self.model = model
+        self.model = model.to(self.device)
         self.objective = Objective.of(config)
         self.mix = mixing(config, images.classes)
-        if static is not None:
-            static.to(self.device)
         self.ema: Any = None
         if config.ema_decay > 0:
             utils = need("timm.utils", "a moving average of weights")
             self.ema = utils.ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
+        self.trainee = self._trainee()
         self._optimizer = _optimizer(config, self.trainee)
         self._schedule: Any = _schedule(config, self._optimizer, self.updates)
         self.wrapped, self.optimizer = accelerator.prepare(self.trainee, self._optimizer)
         self._stop = False
+
+    def _trainee(self) -> Trainee:
+        if self.static is None:
+            return Trainee(self.model)
+        self.static.to(self.device)
+        if not self.config.features:
+            return Trainee(self.model)
+        mine, theirs = zip(*self.config.features, strict=True)
+        example = torch.randn(2, *self.images.input_size, device=self.device)
+        self.static.pick(theirs, example)
+        return with_reviews(self.model, mine, example, self.static.features(example)[1])
 
     def _check(self) -> None:
         config, count = self.config, len(cast("Any", self.images.train))
@@ -213,12 +222,12 @@ class Engine:
         set_all(derive(self.config.seed, "update", self.position.update, self.accelerator.process_index))
 
     def _losses(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        static = None
+        static, features = None, ()
         if self.static is not None:
             with self.accelerator.autocast():
-                static = self.static(images)
+                static, features = self.static.features(images)
         with self._norms():
-            outputs = self.wrapped(images)
+            outputs = self.wrapped(images, features)
         return self.objective(outputs, target, static, self.position.update / self.updates)
 
     def _norms(self) -> contextlib.AbstractContextManager[Any]:

@@ -112,6 +112,8 @@ def distill(
     example = (torch.randn(2, *data.input_size),)
     _check_classes(config, plain, example, data.classes)
     taught = StaticTeacher(static, compiled=config.static_compile) if static is not None else load_static(config)
+    if taught is None and config.features:
+        raise ArgumentError("features are compared with those of a static teacher; name one (static_teacher)")
     if taught is not None:
         _check_static(taught, example, data.classes)
     again = resume and bool(checkpoints(folder / "checkpoints"))
@@ -211,6 +213,7 @@ def _finish(engine: Engine, folder: Path, example: tuple[Tensor, ...], console: 
     """Evaluate everything, and write what the run made."""
     config, main = engine.config, engine.accelerator.is_main_process
     engine.accelerator.unwrap_model(engine.wrapped, keep_fp32_wrapper=False)
+    engine.trainee.remove_taps()
     scores = engine.evaluate()
     sizes = {name: _size(engine.model) if name.startswith("teacher") else 0 for name in scores}
     student = _plain(engine.model)

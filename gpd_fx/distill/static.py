@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.extras import need
+from gpd_fx.distill.taps import Tap, watched, with_features
 from gpd_fx.errors import ArgumentError
 from gpd_fx.losses import select_logits
 from gpd_fx.models import load_weights, resolve
@@ -27,11 +28,35 @@ class StaticTeacher:
         self.module: nn.Module | None = module.requires_grad_(False).eval()
         self._call: Callable[[Tensor], Any] = torch.compile(module) if compiled else module
         self._select = select
+        self._taps: Mapping[str, Tap | None] = {}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The logits of a batch."""
         return self._select(self._call(images)).detach()
+
+    def pick(self, names: Sequence[str], example: Tensor) -> None:
+        """From now on `features` are those of these modules or nodes.
+
+        Raises:
+            ArgumentError: a name means nothing, or the teacher is compiled or an ONNX file.
+        """
+        if self.module is None or self._call is not self.module:
+            raise ArgumentError("features are taken from a static teacher that is neither compiled nor an ONNX file")
+        self.module, self._taps = with_features(self.module, names, example)
+        self._call = self.module
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The logits of a batch, and the features that were picked."""
+        if not self._taps:
+            return self(images), ()
+        assert self.module is not None
+        modules = [name for name, tap in self._taps.items() if tap is None]
+        with watched(self.module, modules) as found:
+            logits = self(images)
+        values = [tap.take(name) for name, tap in self._taps.items() if tap is not None]
+        return logits, tuple(each.detach() for each in (*found, *values))
 
     def to(self, device: torch.device) -> StaticTeacher:
         """Move to a device."""
@@ -44,7 +69,7 @@ class OnnxTeacher(StaticTeacher):
     """The same from an ONNX file, whose first output is the logits."""
 
     def __init__(self, path: Path) -> None:
-        self.module = None
+        self.module, self._taps = None, {}
         runtime = need("onnxruntime", "a static teacher in an ONNX file", "onnx")
         wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
         options = runtime.SessionOptions()

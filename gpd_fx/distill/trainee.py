@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from gpd_fx.distill.review import Review, as_map
+from gpd_fx.distill.taps import StudentTaps, TeacherTaps
 from gpd_fx.errors import ArgumentError
 from gpd_fx.losses import select_logits
 from gpd_fx.teacher import DynamicTeacher
@@ -17,28 +20,43 @@ class Trainee(nn.Module):
 
     Attributes:
         model: a dynamic teacher, or a student that is trained alone.
-        review: what compares features with the static teacher's, if anything does.
+        reviews: what compares the networks' features with the static teacher's, by network; empty without features.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        review: nn.Module | None = None,
+        taps: TeacherTaps | StudentTaps | None = None,
+        reviews: Mapping[str, Review] | None = None,
         select: Callable[[Any], Tensor] = select_logits,
     ) -> None:
         super().__init__()
         self.model = model
-        self.review = review
+        self.reviews = nn.ModuleDict(reviews)
+        self._taps = taps
         self._select = select
 
     def forward(self, images: Tensor, static_features: tuple[Tensor, ...] = ()) -> dict[str, Tensor]:
         """Logits as "student" and "teacher" (where there is one), and losses of features as "features_..."."""
+        if self._taps is None or not static_features:
+            return self._outputs(images)
+        with self._taps.watching() as (narrow, wide):
+            found = self._outputs(images)
+        features = {"student": narrow, "teacher": wide}
+        losses = {f"features_{name}": review(features[name], static_features) for name, review in self.reviews.items()}
+        return found | losses
+
+    def _outputs(self, images: Tensor) -> dict[str, Tensor]:
         if isinstance(self.model, DynamicTeacher):
             teacher_out, student_out = self.model.both(images)
-            found = {"student": self._logits("student", student_out), "teacher": self._logits("teacher", teacher_out)}
-        else:
-            found = {"student": self._logits("student", self.model(images))}
-        return found if self.review is None else found | self.review(static_features)
+            return {"student": self._logits("student", student_out), "teacher": self._logits("teacher", teacher_out)}
+        return {"student": self._logits("student", self.model(images))}
+
+    def remove_taps(self) -> None:
+        """Leave the model as it was."""
+        if self._taps is not None:
+            self._taps.remove()
+            self._taps = None
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the student's class does not want decayed, by their names here."""
@@ -52,3 +70,23 @@ class Trainee(nn.Module):
         if logits.dim() != 2:
             raise ArgumentError(f"the {whose} gives {tuple(logits.shape)}; training on images needs (batch, classes)")
         return logits
+
+
+def with_reviews(model: nn.Module, names: Sequence[str], images: Tensor, targets: Sequence[Tensor]) -> Trainee:
+    """A trainee whose features of these names are compared with `targets`, the static teacher's of the same images.
+
+    Raises:
+        ArgumentError: a name means nothing in the model, or its features are no maps, tokens or vectors.
+    """
+    taps = TeacherTaps(model, names) if isinstance(model, DynamicTeacher) else StudentTaps(model, names)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad(), taps.watching() as found:  # in train mode, since the taps are in that graph
+        call = model.train().both if isinstance(model, DynamicTeacher) else model.train()
+        call(images)
+    model.load_state_dict(state)  # the statistics of batch norm are as they were
+    wanted = [as_map(target).shape[1] for target in targets]
+    channels = {
+        name: [as_map(each).shape[1] for each in f] for name, f in zip(("student", "teacher"), found, strict=True)
+    }
+    reviews = {name: Review(sizes, wanted) for name, sizes in channels.items() if sizes}
+    return Trainee(model, taps, {name: review.to(images.device) for name, review in reviews.items()})
