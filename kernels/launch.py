@@ -302,13 +302,14 @@ def _wanted(recipe: Recipe, needed: Sequence[bool]) -> tuple[bool, bool, bool]:
     return of_kernel, of_columns, of_rows
 
 
-_sent: OrderedDict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
+_sent: OrderedDict[tuple[torch.device, int, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
 _MOST_SENT = 64
 
 
 def _send(rows: Sequence[int], device: torch.device) -> Tensor:
     """The addresses on the device."""
-    key = (device, tuple(rows))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, tuple(rows))  # another stream would have to wait for the copy
     if key in _sent:
         _sent.move_to_end(key)
         return _sent[key][1]

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import gpd_fx
 from gpd_fx.kernels import launch
 from gpd_fx.kernels.compose import InputFilter, Layer, Line, OutputFilter, Product, Term, compose
 from gpd_fx.kernels.recipe import encode, parse
@@ -184,6 +185,33 @@ def test_only_what_is_needed() -> None:
     for wanted in (product.scale, product.point, layer.terms[0].tensors[1]):
         mine, theirs = (torch.autograd.grad(t.sum(), wanted, retain_graph=True)[0] for t in (teacher, reference))
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2.0, 3.0])
+def test_a_teacher(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole composition, at uneven widths, against the same in plain torch."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5), nn.Conv2d(5, 5, (1, 2), groups=5), nn.Conv2d(5, 6, 1)),
+        *(nn.GroupNorm(3, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+    )
+    composition = gpd_fx.expand(model, ratio, (torch.randn(2, 3, 9, 9),), branches="orepa").composition
+    with torch.no_grad():
+        for parameter in composition.branches.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+    def results() -> list[Tensor]:
+        composition.zero_grad()
+        made = [t for side in composition() for t in side.values()]
+        generator = torch.Generator().manual_seed(3)
+        torch.autograd.backward(made, [torch.randn(t.shape, generator=generator) for t in made])
+        return [*made, *(p.grad.clone() for p in composition.parameters() if p.grad is not None)]
+
+    with traffic() as found:
+        tiles = results()
+    assert found.launches == ["compose_tiles", "differentiate_tiles"]
+    monkeypatch.setattr(launch, "usable", lambda tensors: False)
+    for mine, theirs in zip(tiles, results(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * max(1.0, theirs.abs().max().item()))
 
 
 def test_channels_last() -> None:
