@@ -30,6 +30,7 @@ FULL = "1x1,1x1-kxk:full,1x1-avg,dwsep,prior,lowrank"
 """The default branches with the full inner width."""
 RESNET18, RESNET50, MOBILENET, CONVNEXT, DEIT = folded.MODELS
 TINY = "bench.tiny:network"
+TINY_STEP = Setting(TINY, 2.0, "1x1,1x1-kxk:full,1xk+kx1,dwsep,lowrank", 4, 16, backend="aot_eager")
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,8 @@ def _on_cpu(device: torch.device) -> Iterator[Job]:
 
 def tiny_jobs(device: torch.device) -> Iterator[Job]:
     """Every kind of section on a tiny network, compiled without a code generator."""
-    setting = Setting(TINY, 2.0, "1x1,1x1-kxk:full,1xk+kx1,dwsep,lowrank", 4, 16, backend="aot_eager")
-    yield step_job(setting, NAMES, 2, device, 15)
-    yield step_job(replace(setting, amp="bf16", channels_last=True), EAGER, 2, device, 5)
+    yield step_job(TINY_STEP, NAMES, 2, device, 15)
+    yield step_job(replace(TINY_STEP, amp="bf16", channels_last=True), EAGER, 2, device, 5)
     yield compose_job(TINY, "orepa", 2, device, 5)
     yield onnx_job(TINY, 32, 5, 10, repeats=20)
     yield expand_job(TINY, 2, 5)

@@ -68,7 +68,6 @@ def timer(device: torch.device) -> Callable[[], float]:
 
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
     """Most memory during a call beyond what was there before it, in bytes; None where the system does not say."""
-    run()  # the first call may fill caches
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -39,7 +39,8 @@ class Check:
 class Case:
     """Something to time: `run` does it once, `checks` says whether it is right.
 
-    Ratios are to the case called `base`, or to the first. A case that cannot be run says why in `left_out`.
+    Ratios are to the case called `base`, or to the first. A case that cannot be run says why in `left_out`. One whose
+    first call does more than the next, beyond what its checks have done, is called once more: `warm`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     checks: Callable[[], Sequence[Check]]
     base: str | None = None
     left_out: str | None = None
+    warm: bool = False
 
     @staticmethod
     def missing(name: str, reason: str) -> Case:
@@ -164,6 +166,8 @@ def verdict(row: Row) -> str:
 
 def _warm(case: Case, row: Row, device: torch.device) -> int:
     """Memory of a call; returns how many calls make one sample."""
+    if case.warm or device.type != "cpu":
+        case.run()
     row.memory = peak(case.run, device)
     if device.type == "cpu":
         return 1

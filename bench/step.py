@@ -98,11 +98,10 @@ class Step:
         self.image = image.to(device).contiguous(memory_format=self.layout)
         self.target = torch.arange(setting.batch, device=device) % 10
         self.teacher = self.reference
-        self.scheduled = setting.schedule and hasattr(teacher, "schedule")
-        if self.scheduled:
+        self.apart = 0
+        if setting.schedule:
             self.teacher = copy.deepcopy(teacher)
-            choose: Callable[[Tensor], object] = getattr(self.teacher, "schedule")  # noqa: B009  may not be there
-            choose(self.image)
+            self.apart = len(self.teacher.schedule(self.image).apart)
         self.loss = gpd_fx.GPDLoss()
 
     def _place(self, module: Any) -> Any:
@@ -160,7 +159,9 @@ class Cases:
             forward = torch.compile(eager, fullgraph=True, backend=setting.backend, mode=setting.mode)
             first = f"plain{COMPILED}"
             others = first if first in self.names else None
-            return Case(name, lambda: self._run(forward, modules), lambda: self._outputs(forward, True), base=others)
+            return Case(
+                name, lambda: self._run(forward, modules), lambda: self._outputs(forward, True), base=others, warm=True
+            )
         return Case(name, lambda: self._run(forward, modules), lambda: self._checks(name, forward))
 
     def _run(self, forward: Callable[[Tensor], Pair], modules: Sequence[nn.Module]) -> None:
@@ -264,7 +265,7 @@ def run(setting: Setting, names: Sequence[str], rounds: int, device: torch.devic
     cases = Cases(step, names)
     rows = measure([cases.make(name) for name in names], rounds, device, until)
     _count_copies(rows, step.weights())
-    options = asdict(setting) | {"scheduled": step.scheduled, "parameter bytes": step.weights()}
+    options = asdict(setting) | {"branches apart": step.apart, "parameter bytes": step.weights()}
     return Section.of("step", setting.title, options, rows, device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import gpd_fx
-from bench import everything, folded, table
+from bench import everything, folded, step, table
 from bench.__main__ import app
 from bench.compose import awaken
 from bench.convs import ConvBranches, LinearBranches, Unwritten, set_identity, with_branches
@@ -24,8 +25,10 @@ from bench.measure import Case, Check, Row, measure
 from bench.section import Results, SchemaError, Section
 from bench.step import COMPILED, NAMES
 from bench.tiny import network
+from gpd_fx.kernels import launch
 from gpd_fx.passes import Merge
 from gpd_fx.verify import relative_error
+from tests.tiles import interpreted
 
 CPU = torch.device("cpu")
 # torch 2.11 says so while it calls a graph that it exported itself
@@ -171,6 +174,18 @@ def test_the_whole_run_on_a_tiny_network(tmp_path: Path) -> None:
     assert shown.count("| tiny:network") == 0
     assert shown.count("| network |") == 6
     assert shown.count("compiled") == 1
+
+
+@pytest.mark.slow
+# triton 3.6 makes numbers of arrays in a way that numpy warns about
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+def test_the_tile_kernels_are_measured_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would run, under triton's interpreter."""
+    interpreted()
+    monkeypatch.setattr(launch, "usable", lambda weights: weights[0].dtype in launch.DTYPES)
+    setting = replace(everything.TINY_STEP, branches="1x1,1x1-kxk", schedule=False)
+    for row in step.run(setting, ("plain", "gpd_fx"), 1, CPU).rows:
+        assert row.correct, (row.name, row.left_out, row.checks)
 
 
 def test_a_student_that_is_not_the_teachers_shows_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
