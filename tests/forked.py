@@ -37,7 +37,7 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], log: Path) -> None
 def start(log: Path, function: Callable[..., Any], *args: Any) -> BaseProcess:
     """Run a function of a module in a process; its traceback goes to `log`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gpd_fx.distill", "accelerate", "timm", "torchvision", "tests.distill_data"])
+    context.set_forkserver_preload(["tests.warm"])
     process = context.Process(target=_run, args=(function, args, log))
     process.start()
     return process

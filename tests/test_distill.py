@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
+import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from gpd_fx.errors import ArgumentError, CheckpointError, TrainingError
 from gpd_fx.losses import dkd, kd
 from gpd_fx.models import load_weights, save_weights
 from tests.distill_data import CLASSES, Net, config, images, tensors, write_images
+from tests.forked import needs_fork, start
 
 pytest.importorskip("accelerate")
 pytest.importorskip("timm")
@@ -296,6 +300,60 @@ def test_a_loss_that_is_not_finite_names_update_and_culprit(tmp_path: Path) -> N
         assert culprit in str(caught.value)
         assert "update 2" in str(caught.value)
         assert "there is no checkpoint yet" in str(caught.value)
+
+
+class Watched(Net):
+    """Notes the dtypes that it computes in."""
+
+    seen: ClassVar[set[tuple[bool, torch.dtype]]] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.seen.add((self.training, y.dtype))
+        return y
+
+
+def train_in_bfloat16(folder: Path) -> None:
+    torch.manual_seed(0)
+    setup = config(precision="bf16", epochs=4, channels_last=True)
+    results = run(folder, setup, student=Watched(width=6, dropout=0.0))
+    assert results.scores["student"].top1 > 0.5
+    assert {dtype for training, dtype in Watched.seen if training} >= {torch.bfloat16}
+    assert all(value.dtype == torch.float32 for value in results.student.parameters())
+    assert results.student(torch.randn(2, 3, 6, 6)).dtype == torch.float32
+
+
+@needs_fork
+def test_bfloat16_learns_with_parameters_in_full(tmp_path: Path) -> None:
+    process = start(tmp_path / "log", train_in_bfloat16, tmp_path / "run")  # accelerate keeps one precision a process
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert purge_step == 3
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "tensorboard" else find(name))
+    module: Any = types.ModuleType("torch.utils.tensorboard.writer")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.ModuleType("torch.utils.tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", module)
+    recorder = Recorder(tmp_path, 2)
+    recorder.write({"update": 3, "learning_rate": 0.1, "losses": {"total": 2.0}})
+    recorder.close()
+    assert seen == [("learning_rate", 0.1, 3), ("losses/total", 2.0, 3)]
 
 
 def test_a_run_is_not_overwritten_and_a_missing_one_not_taken_up(tmp_path: Path) -> None:

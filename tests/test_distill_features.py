@@ -158,6 +158,7 @@ def test_the_teachers_features_begin_as_copies_of_the_students(randomise: Any) -
     assert type(fold(teacher)) is Residual
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch 2.11 of itself, as it compiles
 def test_names_that_mean_nothing(randomise: Any) -> None:
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     model = residual(randomise)

@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -80,39 +82,42 @@ def train(setup: DistillConfig, folder: Path) -> None:
     distill(setup, folder, resume=resume, console=Console(file=io.StringIO()))
 
 
+def wait_for(event: Callable[[], bool], process: BaseProcess) -> None:
+    """Until something happens, or the process ends."""
+    while process.is_alive() and not event():
+        time.sleep(0.0005)
+
+
 @needs_fork
 def test_killed_at_random_moments_and_taken_up_it_ends_the_same(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
-    setup = everything(write_images(tmp_path / "data", 12, 6))
-    log = tmp_path / "log.txt"
-    start(log, train, setup, tmp_path / "first").join()  # the server that processes are forked from imports torch now
-    begun = time.perf_counter()
+    setup = everything(write_images(tmp_path / "data", 16, 6), epochs=2)
+    log, folder = tmp_path / "log.txt", tmp_path / "killed" / "checkpoints"
     whole = start(log, train, setup, tmp_path / "whole")
     whole.join()
     assert whole.exitcode == 0, log.read_text()
-    length = time.perf_counter() - begun
-    moments = random.Random(0)
-    kills, process = 0, whole
-    for attempt in range(40):
+    moments = random.Random(os.urandom(8))
+
+    def writing() -> bool:
+        return any(name.startswith(".update-") for name in os.listdir(folder))
+
+    for kill in range(4):
+        before = checkpoints(folder)[-1:]
         process = start(log, train, setup, tmp_path / "killed")
-        limit = time.perf_counter() + moments.uniform(0.2, 0.9) * length
-        folder = tmp_path / "killed" / "checkpoints"
-        before = len(checkpoints(folder)) and checkpoints(folder)[-1]
-        while process.is_alive() and time.perf_counter() < limit:
-            writing = attempt % 2 and any(name.startswith(".update-") for name in os.listdir(folder) if folder.exists())
-            if writing and checkpoints(folder)[-1:] != [before]:  # in the middle of writing a state, not the first one
-                break
-            time.sleep(0.0005)
-        if not process.is_alive() or kills == 6:
-            process.join()
-            break
+        wait_for(folder.exists, process)
+        if kill:  # the first time before there is any state
+            wait_for(lambda before=before: checkpoints(folder)[-1:] != before, process)
+        if kill % 2:
+            wait_for(writing, process)
+        time.sleep(moments.uniform(0.0, 0.03))
+        assert process.is_alive(), log.read_text()
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
-        kills += 1
-    assert process.exitcode == 0, log.read_text()
-    assert kills >= 3
+    last = start(log, train, setup, tmp_path / "killed")
+    last.join()
+    assert last.exitcode == 0, log.read_text()
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".update-*"))
+    assert not list(folder.glob(".update-*"))
 
 
 def test_the_number_of_loading_processes_changes_nothing(tmp_path: Path) -> None:
