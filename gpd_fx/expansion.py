@@ -202,14 +202,16 @@ def study_model(
     return Study(model, skeleton, args, kwargs, captures, analysis, aliases, dict(model.named_parameters()))
 
 
-def make_draft(study: Study, ratio: Ratio = 2.0, exclude: Sequence[str] = (), seed: int = 0) -> Draft:
-    """Plan the widening of a studied model, and rewrite its graphs."""
+def make_draft(
+    study: Study, ratio: Ratio = 2.0, exclude: Sequence[str] = (), seed: int = 0, *, equal_alpha: bool = False
+) -> Draft:
+    """Plan the widening of a studied model, and rewrite its graphs; copies with equal alpha stay equal."""
 
     def constant(name: str, old: Tensor) -> Tensor | None:
         return None if name in study.analysis.canonical else plan.tensors[name].widen(old)
 
     with torch.device("cpu"):  # whatever the caller's default is, plans lie on the CPU
-        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed)
+        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed, equal_alpha=equal_alpha)
         graphs = {mode: widen_graph(plan, mode, constant) for mode in MODES}
     return Draft(study, ratio, tuple(exclude), seed, plan, graphs)
 

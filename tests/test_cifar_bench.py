@@ -1,0 +1,91 @@
+"""The comparison on small images: what it reads, that its runs repeat, and what it reports."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.cifar.__main__ import best_rate
+from bench.cifar.arms import ARMS, Arm
+from bench.cifar.data import Images, batches, load, prepare
+from bench.cifar.show import markdown
+from bench.cifar.train import Setting, keep, train, trained
+
+
+def test_images_are_read_and_kept(tmp_path: Path) -> None:
+    pixels = {
+        f"x/{part}/{label}/{n}.png": np.random.default_rng(n).integers(0, 255, (5, 5, 3), dtype=np.uint8)
+        for part, count in (("train", 3), ("test", 2))
+        for label in ("cat", "dog")
+        for n in range(count)
+    }
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name, image in pixels.items():
+            content = io.BytesIO()
+            Image.fromarray(image).save(content, "png")
+            archive.writestr(name, content.getvalue())
+    for _ in range(2):  # the second time from what was kept
+        learnt, tests = load(tmp_path / "images.zip", tmp_path / "cache" / "images.npz")
+        assert learnt.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert len(tests) == 4
+        assert np.array_equal(learnt.pixels[4].permute(1, 2, 0).numpy(), pixels["x/train/dog/1.png"])
+        (tmp_path / "images.zip").unlink(missing_ok=True)
+
+
+def test_batches_move_and_mirror() -> None:
+    images = Images(torch.randint(0, 255, (9, 3, 8, 8), dtype=torch.uint8), torch.arange(9))
+    found = {
+        int(label): x
+        for xs, labels in batches(images, 3, torch.Generator())
+        for x, label in zip(xs, labels, strict=True)
+    }
+    assert sorted(found) == list(range(9))
+    for label, x in found.items():
+        source = images.pixels[label]
+        frame = torch.nn.functional.pad(source, (4,) * 4)
+        windows = [f[:, r : r + 8, c : c + 8] for f in (frame, frame.flip(-1)) for r in range(9) for c in range(9)]
+        assert any(torch.equal(x, prepare(window[None])[0]) for window in windows)
+
+
+@pytest.mark.parametrize(
+    "arm", [ARMS["alone"], Arm("", 1.5, static="dkd", start="trained"), Arm("", 2.0, None, shared=False)]
+)
+def test_a_run_repeats(arm: Arm, tmp_path: Path) -> None:
+    setting = Setting(width=2, epochs=1, batch=8, half=False, folder=tmp_path)
+    torch.manual_seed(1)
+    keep(setting.student(), trained(setting, 3))
+    keep(setting.static(), tmp_path / "static.safetensors")
+    images = Images(torch.randint(0, 255, (24, 3, 32, 32), dtype=torch.uint8), torch.arange(24) % 10)
+    first, student = train(arm, 0.05, 3, setting, images, images)
+    second, again = train(arm, 0.05, 3, setting, images, images)
+    assert first.student == second.student
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert first.folded == first.student[-1]
+    assert bool(first.teacher) == (arm.ratio is not None)
+    assert type(student) is type(setting.student())
+
+
+def test_the_table_compares_seed_by_seed() -> None:
+    def record(arm: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+        same = {"rate": 0.1, "tuning": False, "student": [accuracy], "folded": accuracy, "seconds": 10.0, "teacher": []}
+        return {"arm": arm, "seed": seed, **same, **more}
+
+    records = [record("alone", n, 70.0 + n) for n in range(3)]
+    records += [record("gpd", n, 72.0 + n, seconds=25.0, teacher=[75.0]) for n in range(3)]
+    records += [record("gpd", 0, 99.0, tuning=True, rate=0.4), record("gpd", 0, 98.0, tuning=True, rate=0.2)]
+    records.append({"arm": "gpd", "seed": 0, "rate": 0.8, "tuning": True, "student": [], "error": "the loss is nan"})
+    text = markdown(records)
+    assert "| student alone | 0.1 | 3 | 71.00 ± 1.00 |  |  | 10 s, 1.00x |" in text
+    assert "| GPD, no static teacher | 0.1 | 3 | 73.00 ± 1.00 | +2.00 ± 0.00 | 75.00 ± 0.00 | 25 s, 2.50x |" in text
+    assert best_rate(records, "gpd") == 0.4
+    with pytest.raises(SystemExit, match="alone diverged at every learning rate"):
+        best_rate([{**records[-1], "arm": "alone"}], "alone")
