@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from bench.cifar.__main__ import best_rate
 from bench.cifar.arms import ARMS, Arm
@@ -70,6 +71,11 @@ def test_a_run_repeats(arm: Arm, tmp_path: Path) -> None:
         torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True)
     )
     assert first.folded == first.student[-1]
+    torch.manual_seed(3)
+    start = setting.student()
+    if arm.start == "trained":
+        start.load_state_dict(load_file(trained(setting, 3)))
+    assert not torch.equal(start.head.weight, student.state_dict()["head.weight"])
     assert bool(first.teacher) == (arm.ratio is not None)
     assert type(student) is type(setting.student())
 

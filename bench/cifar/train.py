@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -125,7 +124,7 @@ def _networks(arm: Arm, student: nn.Module, seed: int) -> tuple[nn.Module, Calla
     gpd_fx.verify(student, teacher, (torch.randn(2, 3, 32, 32),))
     if arm.shared:
         return teacher, lambda x: dict(zip(("teacher", "student"), teacher.both(x), strict=True))
-    beside = nn.ModuleDict({"teacher": teacher, "student": copy.deepcopy(student)})
+    beside = nn.ModuleDict({"teacher": teacher, "student": student})
     return beside, lambda x: {name: network(x) for name, network in beside.items()}
 
 
