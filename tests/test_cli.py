@@ -16,8 +16,11 @@ from typer.testing import CliRunner, Result
 from gpd_fx import expand, fold, save
 from gpd_fx.cli import app
 from gpd_fx.digits import DigitNet
+from gpd_fx.distill.config import load_config
+from gpd_fx.distill.metrics import read_metrics
 from gpd_fx.models import save_weights
 from gpd_fx.options import parse_ratios
+from tests.distill_data import write_images
 
 DIGITS = "gpd_fx.digits:DigitNet"
 
@@ -161,3 +164,30 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     result = run("export", DIGITS, tmp_path / "student.onnx", "--weights", tmp_path / "wide.safetensors")
     assert result.exit_code == 2
     assert "does not fit the model" in result.stderr
+
+
+@pytest.mark.slow
+def test_distill_and_take_it_up_again(tmp_path: Path) -> None:
+    for package in ("accelerate", "timm", "torchvision", "onnxruntime", "yaml"):
+        pytest.importorskip(package)
+    data, out = write_images(tmp_path / "data"), tmp_path / "run"
+    arguments = ("distill", "--student", "tests.distill_data:Net,width=5", "--data", data, "--out", out)
+    arguments += ("--input", "3,8,8", "--epochs", "2", "--batch-size", "8", "--workers", "0", "--device", "cpu")
+    arguments += ("--weight", "distill=0:0,1.5:3", "--ratio", "stem.*=3", "--ratio", "2", "--ema-decay", "0.5")
+    arguments += ("--dataset", "torch/image_folder", "--lr", "0.05", "--set", "clip_grad=5")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "student in ONNX Runtime" in result.stderr
+    config = load_config(out / "config.yaml")
+    assert (config.weights["distill"], config.ratio) == ({0.0: 0.0, 1.5: 3.0}, {"stem.*": 3.0, "*": 2.0})
+    assert (config.clip_grad, config.learning_rate) == (5, 0.05)
+    first = (out / "student.safetensors").read_bytes()
+    result = run("distill", "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "going on after update 6" in result.stderr
+    assert (out / "student.safetensors").read_bytes() == first
+    folded = run("fold", "tests.distill_data:Net,width=5", out / "teacher.safetensors", tmp_path / "s.safetensors")
+    assert folded.exit_code == 0, folded.output
+    weights = load_file(tmp_path / "s.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(out / "student.safetensors").items())
+    assert len(read_metrics(out)) == 2

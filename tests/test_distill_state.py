@@ -38,7 +38,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     shared = torch.randn(3, 4)
     tree: dict[str, Any] = {
         "numbers": [1, 2**60, 0.1, 1e-300, -math.inf, math.nan, True, None, "text/with/slashes"],
-        "nested": {0: {"a.b": (1, (2.5, [])), "": {}}, "0": shared, 7: shared.t()},
+        "nested": {0: {0.5: 1, "a.b": (1, (2.5, [])), "": {}}, "0": shared, 7: shared.t()},
         "tensors": [torch.tensor(3), torch.zeros(0, 2), torch.randn(2).bfloat16(), torch.arange(4).bool()],
     }
     write_state(tmp_path / "state.safetensors", tree)

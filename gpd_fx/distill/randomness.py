@@ -32,6 +32,8 @@ def set_all(number: int) -> None:
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
 
 
 @contextmanager

@@ -115,8 +115,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     )
 
 
-def _key(key: Any, path: str) -> str | int:
-    if isinstance(key, bool) or not isinstance(key, str | int):
+def _key(key: Any, path: str) -> str | int | float:
+    if isinstance(key, bool) or not isinstance(key, str | int | float):
         raise CheckpointError(f"{path} in the state of the run has the key {key!r}; keys must be texts or numbers")
     return key
 
