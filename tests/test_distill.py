@@ -238,7 +238,9 @@ def test_data_and_models_that_do_not_fit(tmp_path: Path) -> None:
     refused("other classes: ['class9']", data=data)
 
 
-def test_a_static_teacher_answers_in_eval_mode_without_gradient(tmp_path: Path) -> None:
+def test_a_static_teacher_answers_in_eval_mode_without_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gpd_fx.distill.static import StaticTeacher, load_static
 
     module = net(dropout=0.9).train()
@@ -248,6 +250,10 @@ def test_a_static_teacher_answers_in_eval_mode_without_gradient(tmp_path: Path) 
     assert not static(x).requires_grad
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert int(module.norm.num_batches_tracked) == 0  # type: ignore[union-attr]
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    assert StaticTeacher(module, compiled=True)(x).equal(static(x))
+    assert compiled == [module]
     pytest.importorskip("onnxruntime")
     from gpd_fx import export_onnx
 

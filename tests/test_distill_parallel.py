@@ -154,6 +154,32 @@ def test_synchronised_batch_norm_is_batch_norm_of_all(tmp_path: Path) -> None:
     distributed(tmp_path, compare_norms)
 
 
+class Idle(Net):
+    """Has a layer that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0, norm=False)
+        self.idle = nn.Conv2d(4, 4, 3)
+
+
+def train_with_idle_layer(folder: Path) -> None:
+    torch.manual_seed(0)
+    student, output = Idle(), io.StringIO()
+    images = Images(tensors(24), tensors(7, 1), CLASSES, (3, 6, 6))
+    setup = config(epochs=1, batch_size=8, weight_decay=0.1)
+    results = distill(setup, folder / "run", student=student, images=images, console=Console(file=output, width=300))
+    trained = results.student.state_dict()
+    assert trained["idle.weight"].equal(student.idle.weight)
+    assert not trained["head.weight"].equal(student.head.weight)
+    if torch.distributed.get_rank() == 0:
+        assert "no output depends on" in output.getvalue()
+        assert "idle.weight" in output.getvalue()
+
+
+def test_layers_that_are_not_called_hold_nobody_up(tmp_path: Path) -> None:
+    distributed(tmp_path, train_with_idle_layer, tmp_path)
+
+
 def whole_run(folder: Path, name: str) -> None:
     torch.manual_seed(0)
     student = Net(dropout=0.0, norm=False)

@@ -35,7 +35,7 @@ from gpd_fx.distill.randomness import derive, set_all
 from gpd_fx.distill.state import checkpoint_path, checkpoints, prune, read_state, write_state
 from gpd_fx.distill.static import StaticTeacher
 from gpd_fx.distill.syncbn import SyncedBatchNorm
-from gpd_fx.distill.trainee import Trainee, with_reviews
+from gpd_fx.distill.trainee import Trainee, freeze_unused, with_reviews
 from gpd_fx.errors import ArgumentError, CheckpointError, TrainingError
 from gpd_fx.teacher import DynamicTeacher
 
@@ -68,6 +68,9 @@ class Engine:
         folder: of the run; its checkpoints lie in `checkpoints` in it.
         accelerator: accelerate's, which knows devices, precision and processes.
         console: where progress is shown.
+
+    Attributes:
+        unused: parameters that no output depends on; they stay as they are.
     """
 
     def __init__(
@@ -95,22 +98,25 @@ class Engine:
         if config.ema_decay > 0:
             utils = need("timm.utils", "a moving average of weights")
             self.ema = utils.ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
-        self.trainee = self._trainee()
+        self.trainee, self.unused = self._trainee()
         self._optimizer = _optimizer(config, self.trainee)
         self._schedule: Any = _schedule(config, self._optimizer, self.updates)
         self.wrapped, self.optimizer = accelerator.prepare(self.trainee, self._optimizer)
         self._stop = False
 
-    def _trainee(self) -> Trainee:
-        if self.static is None:
-            return Trainee(self.model)
-        self.static.to(self.device)
-        if not self.config.features:
-            return Trainee(self.model)
-        mine, theirs = zip(*self.config.features, strict=True)
+    def _trainee(self) -> tuple[Trainee, list[str]]:
+        """What is trained, and the names of parameters that nothing depends on."""
         example = torch.randn(2, *self.images.input_size, device=self.device)
-        self.static.pick(theirs, example)
-        return with_reviews(self.model, mine, example, self.static.features(example)[1])
+        example = example.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), example.dtype))
+        trainee, features = Trainee(self.model), ()
+        if self.static is not None:
+            self.static.to(self.device)
+            if self.config.features:
+                mine, theirs = zip(*self.config.features, strict=True)
+                self.static.pick(theirs, example)
+                features = self.static.features(example)[1]
+                trainee = with_reviews(self.model, mine, example, features)
+        return trainee, freeze_unused(trainee, example, features)
 
     def _check(self) -> None:
         config, count = self.config, len(cast("Any", self.images.train))

@@ -194,6 +194,12 @@ def _introduce(config: DistillConfig, engine: Engine, console: Console) -> None:
             f"{report.coverage:.4f}",
             highlight=False,
         )
+    if engine.unused:
+        names = [name.removeprefix("model.") for name in engine.unused]
+        listed = ", ".join(names if len(names) < 6 else [*names[:5], "..."])
+        console.print(
+            f"note: no output depends on {len(names)} parameters, which stay as they are: {listed}", highlight=False
+        )
     steps = engine.epochs * engine.updates
     console.print(
         f"{engine.epochs} epochs of {engine.updates} updates of {config.batch_size} images, {engine.world} "

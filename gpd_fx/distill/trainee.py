@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,24 @@ class Trainee(nn.Module):
         if logits.dim() != 2:
             raise ArgumentError(f"the {whose} gives {tuple(logits.shape)}; training on images needs (batch, classes)")
         return logits
+
+
+def freeze_unused(trainee: Trainee, images: Tensor, features: tuple[Tensor, ...]) -> list[str]:
+    """Stop gradients of parameters that no output depends on, which data-parallel training would wait for.
+
+    An optimizer leaves them as they are either way. Returns their names.
+    """
+    state = {name: tensor.clone() for name, tensor in trainee.state_dict().items()}
+    outputs = trainee.train()(images, features)
+    named = {name: parameter for name, parameter in trainee.named_parameters() if parameter.requires_grad}
+    total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    gradients = cast("tuple[Tensor | None, ...]", found)
+    trainee.load_state_dict(state)  # the statistics of batch norm are as they were
+    unused = [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
+    for name in unused:
+        named[name].requires_grad_(False)
+    return unused
 
 
 def with_reviews(model: nn.Module, names: Sequence[str], images: Tensor, targets: Sequence[Tensor]) -> Trainee:
