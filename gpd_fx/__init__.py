@@ -23,6 +23,7 @@ from gpd_fx.expansion import expand as expand
 from gpd_fx.expansion import inspect_model as inspect_model
 from gpd_fx.export import OnnxReport as OnnxReport
 from gpd_fx.export import export_onnx as export_onnx
+from gpd_fx.growth import grow as grow
 from gpd_fx.losses import GPDLoss as GPDLoss
 from gpd_fx.losses import GPDLosses as GPDLosses
 from gpd_fx.passes.fold import fold as fold
