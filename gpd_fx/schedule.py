@@ -20,11 +20,11 @@ from typing import Any
 from gpd_fx.layout import ParamPlan
 
 # In multiply-adds of the composition, measured on a CPU, forward and backward together.
-CONV = 0.5
+CONV = 0.6
 """One multiply-add of a conv or linear op."""
-STUDENT = 0.8
+STUDENT = 1.0
 """One multiply-add of the student's own product."""
-WEIGHT = 100.0
+WEIGHT = 150.0
 """One element of the second weight, which conv libraries bring into an order of their own at every call."""
 TRAFFIC = 20.0
 """One activation that is written and read again."""
