@@ -28,7 +28,7 @@ from gpd_fx.kernels.recipe import Operands, Recipe
 from gpd_fx.kernels.terms import InputFilter, Line, OutputFilter, Product, Term, tap
 from gpd_fx.layout import Cut, KernelLayout, Slice, along, take
 
-CHUNK = 1 << 19
+CHUNK = 1 << 21
 """Bytes of scratch a thread: what fits into a core's second-level cache beside the operands."""
 _LARGE = 4 << 20
 _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -209,9 +209,41 @@ def _adder(recipe: Recipe, term: Term) -> Callable[[Tensor, Chunk], object]:
 
     def add(total: Tensor, at: Chunk) -> None:
         left = _rows(term, at).mul_(scale[at][..., None, None])
-        total.flatten(1, 2).baddbmm_(left.flatten(1, 2), term.point[at[0]])
+        point = term.point[at[0]]
+        if _by_conv(left, point):
+            total += _convolve(left, point[0].mT)
+        else:
+            total.flatten(1, 2).baddbmm_(left.flatten(1, 2), point)
 
     return add
+
+
+def _by_conv(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether a conv multiplies them faster than `matmul`: its library is at home on more processors.
+
+    On an AMD EPYC one thread did 85 thousand million multiply-adds a second by convs, 44 by `matmul`.
+    """
+    g, o, taps, _ = rows.shape
+    return rows.device.type == "cpu" and g == 1 and taps > 1 and o * taps >= 192 and matrix.numel() >= 1 << 16
+
+
+def _images(rows: Tensor) -> Tensor:
+    """(1, o, taps, c) as o images of a pixel a tap, channels last."""
+    return rows.squeeze(0)[..., None, :].permute(0, 3, 1, 2)
+
+
+def _convolve(rows: Tensor, weight: Tensor) -> Tensor:
+    """(1, o, taps, c) times (i, c), as (1, o, taps, i)."""
+    made = torch.conv2d(_images(rows), weight.contiguous()[..., None, None])
+    return made.permute(0, 2, 3, 1).reshape(*rows.shape[:3], -1)
+
+
+def _convolve_back(left: Tensor, right: Tensor) -> Tensor:
+    """(1, o, taps, c) and (1, o, taps, i), multiplied and summed over o and taps: (c, i)."""
+    weight = left.new_empty(left.shape[3], right.shape[3], 1, 1)
+    one, none = [1, 1], [0, 0]
+    options = (None, one, none, one, False, none, 1, [False, True, False])
+    return torch.ops.aten.convolution_backward(_images(left), _images(right), weight, *options)[1][..., 0, 0]
 
 
 def _rows(term: Product, at: Chunk) -> Tensor:
@@ -310,14 +342,22 @@ def _product(recipe: Recipe, term: Product, part: Gradients) -> Writer:
         kernel = _rows(term, at)
         scale = term.scale[at][..., None, None]
         if d_scale is not None or d_kernel is not None:
-            of_kernel = torch.bmm(matrix, term.point[at[0]].mT).view(kernel.shape)
+            point = term.point[at[0]]
+            if _by_conv(rows, point):
+                of_kernel = _convolve(rows.contiguous(), point[0])
+            else:
+                of_kernel = torch.bmm(matrix, point.mT).view(kernel.shape)
             if d_scale is not None:
                 d_scale[at] = (of_kernel * kernel).sum((2, 3))
             if d_kernel is not None:
                 out = d_kernel[at]
                 torch.mul(of_kernel.mT, scale, out=out.view(*out.shape[:3], -1))
         if d_point is not None:
-            d_point[at[0]].baddbmm_(kernel.mul_(scale).flatten(1, 2).mT, matrix)
+            kernel.mul_(scale)
+            if _by_conv(rows, term.point[at[0]]):
+                d_point[at[0]] += _convolve_back(kernel, rows.contiguous())
+            else:
+                d_point[at[0]].baddbmm_(kernel.flatten(1, 2).mT, matrix)
 
     return write
 

@@ -138,6 +138,29 @@ def test_a_network_in_one_call(flags: tuple[bool, bool]) -> None:
     agree(network(), teacher=flags[0], student=flags[1])
 
 
+def test_a_product_that_is_multiplied_by_convs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks by convs, and a last one that is too small for them."""
+    o, c, i, k = 80, 65, 1025, (3, 2)
+
+    def make(*sizes: int) -> Tensor:
+        return torch.randn(sizes, dtype=torch.float64).requires_grad_()
+
+    product = Product(make(1, o), make(1, c, i), make(1, o, c, *k))
+    alpha = (None, torch.rand(i, dtype=torch.float64), None, None)
+    slices = (Cut(1, 1, 41), Cut(1, 1, 500), None, None)
+    monkeypatch.setattr(plain, "CHUNK", 34 * i * 6 * 8)
+    by_conv: list[bool] = []
+    choose = plain._by_conv  # pyright: ignore[reportPrivateUsage]
+
+    def noted(rows: Tensor, matrix: Tensor) -> bool:
+        by_conv.append(choose(rows, matrix))
+        return by_conv[-1]
+
+    monkeypatch.setattr(plain, "_by_conv", noted)
+    agree([Layer(make(o, i, *k), KernelLayout(), (product,), alpha, slices, (41, 500, *k))])
+    assert by_conv[:3] == [True, True, False]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_chunks_of_a_large_layer(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than fit into one chunk of the usual size, and a last chunk that is not full."""
