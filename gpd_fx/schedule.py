@@ -20,15 +20,15 @@ from typing import Any
 from gpd_fx.layout import ParamPlan
 
 # In multiply-adds of the composition, measured on a CPU, forward and backward together.
-CONV = 0.6
+CONV = 0.84
 """One multiply-add of a conv or linear op."""
-STUDENT = 1.0
+STUDENT = 1.4
 """One multiply-add of the student's own product."""
-WEIGHT = 150.0
+WEIGHT = 210.0
 """One element of the second weight, which conv libraries bring into an order of their own at every call."""
-TRAFFIC = 20.0
+TRAFFIC = 28.0
 """One activation that is written and read again."""
-CALLS = 4e6
+CALLS = 5.6e6
 """The calls that running apart adds."""
 
 
