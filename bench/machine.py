@@ -88,6 +88,15 @@ def peak(run: Callable[[], object], device: torch.device) -> int | None:
     return max(0, _status("VmHWM") - before)
 
 
+def resident_peak() -> int:
+    """Most memory that this process ever had, in bytes; what `getrusage` says may be its parent's."""
+    if sys.platform.startswith("linux"):
+        return _status("VmHWM")
+    import resource  # there is none on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):

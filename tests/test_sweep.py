@@ -97,6 +97,14 @@ def test_workers_survive_their_models() -> None:
         assert worker.check("own:wave")["exact"]
 
 
+def test_a_worker_counts_its_own_memory_alone() -> None:
+    """A process begins with its parent's peak in `getrusage`."""
+    ballast = bytearray(2 << 30)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    with Worker(["--no-step", "--no-onnx", "--ratio=2"], timeout=300, threads=1) as worker:
+        assert 0 < worker.check("own:wave")["peak"] < len(ballast)
+
+
 def test_a_worker_gives_up_in_time() -> None:
     with Worker([], timeout=0.2, threads=1) as worker:
         assert worker.check("own:wave")["error"] == "more than 0 s"

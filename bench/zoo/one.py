@@ -7,7 +7,6 @@ widest on, and what remains too large is built on the meta device, where shapes 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ import torch
 import typer
 from torch import nn
 
+from bench.machine import resident_peak
 from bench.zoo.check import Record, check, check_shapes
 from bench.zoo.models import entry_of
 
@@ -40,7 +40,7 @@ def main(
         except Exception:  # noqa: BLE001  whatever goes wrong belongs to the model's record
             record = Record(name, error=traceback.format_exc()[-4000:])
         record.seconds = time.perf_counter() - started
-        record.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        record.peak = resident_peak()
         print(MARK + json.dumps(record.to_dict()), flush=True)
 
 
