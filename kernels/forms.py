@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpd_fx.kernels.recipe import Recipe
+from gpd_fx.kernels.recipe import INPUT_FILTER, LINE, OUTPUT_FILTER, PRODUCT, Recipe
 from gpd_fx.kernels.terms import tap
 from gpd_fx.layout import Cut
 
@@ -42,7 +42,8 @@ def form_of(recipe: Recipe) -> Form | None:
     if math.prod(recipe.wide) > _LARGEST or any(part is True for part in recipe.slices):
         return None
     active = [d for d in range(len(recipe.wide)) if _active(recipe, d)]
-    if recipe.layout is not None and len(recipe.wide) >= 2:
+    if recipe.is_kernel:
+        assert recipe.layout is not None
         if any(d >= 2 for d in active) or not _known(recipe):
             return None
         g, o, i, taps = recipe.canonical
@@ -70,13 +71,15 @@ def _active(recipe: Recipe, dim: int) -> bool:
 def _known(recipe: Recipe) -> bool:
     """Whether there are no more terms of a kind than the kernels have room for."""
     codes = [code for code, _ in recipe.terms]
-    return all(codes.count(code) <= most for code, most in enumerate((MOST_FILTERS, 1, 1, MOST_LINES)))
+    most = {OUTPUT_FILTER: MOST_FILTERS, INPUT_FILTER: 1, PRODUCT: 1, LINE: MOST_LINES}
+    return all(codes.count(code) <= number for code, number in most.items())
 
 
 def strides_of(form: Form, recipe: Recipe, tensor: Tensor) -> tuple[int, int, int, int]:
     """The strides of group, output, tap and input in a tensor stored like the weight."""
     strides, sizes = tensor.stride(), tensor.shape
-    if recipe.layout is not None and len(sizes) >= 2:
+    if recipe.is_kernel:
+        assert recipe.layout is not None
         taps = tap_stride(strides[2:], sizes[2:])
         assert taps is not None
         if recipe.layout.transposed:
@@ -126,7 +129,7 @@ def maps_of(form: Form, recipe: Recipe) -> tuple[Tensor, Tensor, int]:
     blank = torch.empty(recipe.shape, device="meta", memory_format=memory_format(recipe.last, len(recipe.shape)))
     assert form.row is not None
     rows = _offsets(recipe, form.row, blank.stride(form.row))
-    if recipe.layout is not None and len(recipe.wide) >= 2:
+    if recipe.is_kernel:
         assert form.column is not None
         columns = _offsets(recipe, form.column, blank.stride(form.column))
         rows = rows if form.row_groups else rows.repeat(form.groups)
@@ -159,7 +162,7 @@ def lines_of(recipe: Recipe) -> list[tuple[int, int, int]]:
     found: list[tuple[int, int, int]] = []
     kernel = recipe.layout.canonical_shape(recipe.wide)[3:] if recipe.layout is not None else ()
     for code, axis in recipe.terms:
-        if code == 3:
+        if code == LINE:
             steps = [math.prod(kernel[a + 1 :]) for a in range(len(kernel))]
             first = sum(tap(n) * steps[a] for a, n in enumerate(kernel) if a != axis)
             found.append((kernel[axis], first, steps[axis]))

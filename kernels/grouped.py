@@ -23,15 +23,21 @@ from gpd_fx.kernels.recipe import Operands, Recipe, parse
 def compose_op(weights: Sequence[Tensor], operands: Sequence[Tensor], recipes: str) -> list[Tensor]:
     """For each layer the teacher's tensor, then the student's, where its recipe asks for them."""
     flat = iter(operands)
-    layers = [(recipe, w, recipe.operands(flat)) for recipe, w in zip(parse(recipes), weights, strict=True)]
-    tiled = [n for n, (recipe, _, _) in enumerate(layers) if launch.supported(recipe)] if launch.usable(weights) else []
+    usable = launch.usable(weights)
+    found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+    tiled: dict[int, tuple[Recipe, Tensor, Operands]] = {}
     with torch.autocast(weights[0].device.type, enabled=False):
-        pairs = {n: _plain_forward(*layer) for n, layer in enumerate(layers) if n not in tiled}
+        for number, (recipe, weight) in enumerate(zip(parse(recipes), weights, strict=True)):
+            layer = recipe.operands(flat)
+            if usable and launch.supported(recipe):
+                tiled[number] = recipe, weight, layer
+            else:
+                found[number] = _plain_forward(recipe, weight, layer)
         if tiled:
-            chosen = [layers[n] for n in tiled]
-            made = launch.forward([r for r, _, _ in chosen], [w for _, w, _ in chosen], [o for _, _, o in chosen])
-            pairs.update(zip(tiled, made, strict=True))
-    return [tensor for n in range(len(layers)) for tensor in pairs[n] if tensor is not None]
+            chosen = list(tiled.values())
+            made = launch.forward([r for r, *_ in chosen], [w for _, w, _ in chosen], [o for *_, o in chosen])
+            found.update(zip(tiled, made, strict=True))
+    return [tensor for number in sorted(found) for tensor in found[number] if tensor is not None]
 
 
 def _plain_forward(recipe: Recipe, weight: Tensor, operands: Operands) -> tuple[Tensor | None, Tensor | None]:

@@ -11,6 +11,7 @@ import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from gpd_fx.kernels.forms import (
     tap_stride,
     twin,
 )
-from gpd_fx.kernels.recipe import Operands, Recipe
+from gpd_fx.kernels.recipe import INPUT_FILTER, OUTPUT_FILTER, PRODUCT, Operands, Recipe
 from gpd_fx.kernels.terms import InputFilter, Line, OutputFilter, Product, Term
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,6 +48,10 @@ class Blocks:
     rows: int
     warps: int
     stages: int
+
+    def options(self) -> dict[str, Any]:
+        """How triton compiles a kernel; fusion is said aloud, since it warns that its default will change."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 FORWARD = Blocks(outputs=16, inputs=64, inner=32, rows=64, warps=8, stages=1)
@@ -92,7 +97,7 @@ def differentiable(recipe: Recipe, needed: Sequence[bool]) -> bool:
     """Whether the kernels can also give the gradients that are needed: those of an output filter they cannot."""
     place = 1
     for (code, _), count in zip(recipe.terms, recipe.tensors, strict=True):
-        if code == 0 and needed[place + 2]:
+        if code == OUTPUT_FILTER and needed[place + 2]:
             return False
         place += count
     return supported(recipe)
@@ -168,7 +173,7 @@ def _addresses(
     gradients: Sequence[Tensor | None] | None,
     kept: list[Tensor],
 ) -> list[int]:
-    """A layer's row of the table of addresses and strides, in the order that `tile_kernels` states."""
+    """A layer's row of the table of addresses and strides, in the order that `tile_parts` states."""
     form = _form(recipe)
     assert form is not None
 
@@ -291,10 +296,10 @@ def _wanted(recipe: Recipe, needed: Sequence[bool]) -> tuple[bool, bool, bool]:
     of_rows, of_kernel, of_columns = next(flags), False, False
     for (code, _), count in zip(recipe.terms, recipe.tensors, strict=True):
         mine = [next(flags) for _ in range(count)]
-        if code == 2:
+        if code == PRODUCT:
             of_kernel |= mine[0] or mine[2]
             of_columns |= mine[1]
-        elif code == 1:
+        elif code == INPUT_FILTER:
             of_rows |= mine[0] or mine[1]
             of_columns |= mine[2]
         else:
@@ -332,23 +337,31 @@ def _launch(name: str, tables: Tables, rows: Sequence[int], blocks: Blocks, like
 
     dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[like.dtype]
     hip = torch.version.hip is not None
+    few, small, large, lines = tables.few, tables.small, tables.large, tables.lines
     with torch.cuda.device_of(like):
         getattr(tile_kernels, name)[(len(tables.tasks),)](
             tables.tasks,
             _send(rows, like.device),
             tables.geometry,
             tables.maps,
-            outputs_block=blocks.outputs,
-            inputs_block=blocks.inputs,
-            inner=blocks.inner,
-            rows_block=blocks.rows,
-            few=tables.few,
-            has_small=tables.small,
-            has_large=tables.large,
-            has_lines=tables.lines,
-            precision="ieee" if hip else "tf32x3",
-            dtype=dtype,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-            enable_fp_fusion=True,  # said aloud, since triton warns that its default will change
+            **constants(blocks, few=few, small=small, large=large, lines=lines, hip=hip, dtype=dtype),
+            **blocks.options(),
         )
+
+
+def constants(
+    blocks: Blocks, *, few: int, small: bool, large: bool, lines: bool, hip: bool, dtype: object
+) -> dict[str, Any]:
+    """What a kernel is compiled for: the sizes of tiles, the variant, AMD's devices or NVIDIA's, and triton's dtype."""
+    return {
+        "outputs_block": blocks.outputs,
+        "inputs_block": blocks.inputs,
+        "inner": blocks.inner,
+        "rows_block": blocks.rows,
+        "few": few,
+        "has_small": small,
+        "has_large": large,
+        "has_lines": lines,
+        "precision": "ieee" if hip else "tf32x3",
+        "dtype": dtype,
+    }

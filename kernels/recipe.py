@@ -19,7 +19,8 @@ from gpd_fx.kernels.terms import InputFilter, Layer, Line, OutputFilter, Product
 from gpd_fx.layout import Cut, KernelLayout, Slice
 
 _FILTERS = (OutputFilter, InputFilter, Product)
-_LINE = len(_FILTERS)
+OUTPUT_FILTER, INPUT_FILTER, PRODUCT, LINE = range(4)
+"""The kinds of terms, by number; the first three have the tensors of `_FILTERS`."""
 _WHOLE, _CUT, _INDEX = range(3)
 
 
@@ -64,6 +65,11 @@ class Recipe:
         return g, o, i, math.prod(kernel)
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether it is the weight of a conv or linear op."""
+        return self.layout is not None and len(self.wide) >= 2
+
+    @property
     def constants(self) -> int:
         """How many of the layer's operands come before those of its terms, and have no gradient."""
         return sum(self.alpha) + sum(part is True for part in self.slices)
@@ -71,7 +77,7 @@ class Recipe:
     @property
     def tensors(self) -> tuple[int, ...]:
         """How many tensors each term has."""
-        return tuple(2 if code == _LINE else 3 for code, _ in self.terms)
+        return tuple(2 if code == LINE else 3 for code, _ in self.terms)
 
     def operands(self, tensors: Iterator[Tensor]) -> Operands:
         """Take this layer's tensors from the flat list."""
@@ -79,7 +85,7 @@ class Recipe:
         slices = tuple(next(tensors) if part is True else part or None for part in self.slices)
         terms: list[Term] = []
         for code, axis in self.terms:
-            if code == _LINE:
+            if code == LINE:
                 terms.append(Line(next(tensors), next(tensors), axis))
             else:
                 terms.append(_FILTERS[code](next(tensors), next(tensors), next(tensors)))
@@ -104,7 +110,7 @@ def encode(layer: Layer, teacher: bool, student: bool) -> str:
     numbers += [len(layer.terms)]
     for term in layer.terms:
         if isinstance(term, Line):
-            numbers += [_LINE, term.axis]
+            numbers += [LINE, term.axis]
         else:
             numbers += [_FILTERS.index(type(term)), 0]
     numbers += [len(layer.alpha)]

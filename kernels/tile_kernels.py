@@ -16,62 +16,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gpd_fx.kernels.tile_parts import (
+    D_WEIGHT,
+    DYN,
+    FILTERED,
+    GEO,
+    GROUPS,
+    INPUTS,
+    LINES,
+    OUTPUTS,
+    PRODUCT,
+    STRIDE,
+    STUDENT,
+    STUDENT_TAP,
+    SUMMED,
+    TASK,
+    TEACHER,
+    WEIGHT,
+    both_networks,
+    kernel_place_of,
+    on_line,
+    read,
+    sizes,
+    upstream,
+    write,
+)
+
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownParameterType=false, reportMissingParameterType=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# Triton gives its arguments and results no types, or those that they have outside of a kernel.
-
-# What a task says of itself, integers: the layer, the kind, whether it is small, the group, the first of each block.
-TASK = tl.constexpr(6)
-# What is known of a layer, integers: sizes, where its maps start, how alpha is indexed, three lines.
-GEO = tl.constexpr(20)
-GROUPS, OUTPUTS, TAPS, INPUTS, WIDTH = (tl.constexpr(n) for n in range(5))
-ROW_MAP, COLUMN_MAP, STUDENT_TAP, ROW_GROUP, COLUMN_GROUP = (tl.constexpr(n) for n in range(5, 10))
-LINE = tl.constexpr(10)  # length, first tap, step between taps
-# Addresses and strides of a layer's tensors; an address of zero: there is none.
-DYN = tl.constexpr(54)
-WEIGHT, TEACHER, STUDENT, D_WEIGHT, ROW_ALPHA, COLUMN_ALPHA = (tl.constexpr(n) for n in range(6))
-STRIDE = tl.constexpr(6)  # of group, output, tap, input
-FILTERED = tl.constexpr(10)  # three times v, P, F, dv, dP
-SUMMED = tl.constexpr(25)  # v, P, F, dv, dP, dF
-PRODUCT = tl.constexpr(31)  # v, P, K, dv, dP, dK
-PRODUCT_STRIDE = tl.constexpr(37)  # of K: group, output, inner channel, tap
-LINES = tl.constexpr(41)  # three times v, L, dv, dL
-
-
-@triton.jit
-def _there(address, offset):
-    """Whether there is a tensor, in the shape of `offset`: the interpreter cannot combine a mask with a number."""
-    return (address + tl.zeros_like(offset)) != 0
-
-
-@triton.jit
-def _load(address, offset, mask, dtype: tl.constexpr):
-    """Elements in float32; zero where masked, and where there is no tensor."""
-    there = mask & _there(address, offset)
-    return tl.load(address.to(tl.pointer_type(dtype)) + offset, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(address, offset, value, mask, dtype: tl.constexpr):
-    there = mask & _there(address, offset)
-    tl.store(address.to(tl.pointer_type(dtype)) + offset, value.to(dtype), mask=there)
-
-
-@triton.jit
-def _factor(address, offset, mask, dtype: tl.constexpr):
-    """Elements in float32; one where there is no tensor."""
-    return tl.where(address != 0, _load(address, offset, mask, dtype), 1.0)
-
-
-@triton.jit
-def _line(geo, number: tl.constexpr, k):
-    """Whether tap k lies on a line, the line's length, and where on it."""
-    length = tl.load(geo + LINE + 3 * number)
-    step = tl.maximum(tl.load(geo + LINE + 3 * number + 2), 1)
-    ahead = k - tl.load(geo + LINE + 3 * number + 1)
-    place = ahead // step
-    return (ahead >= 0) & (place * step == ahead) & (place < length), length, place
+# pyright: reportPossiblyUnboundVariable=false
+# Triton gives its arguments and results no types, or those that they have outside of a kernel; and an `if` on a
+# constant is decided when a kernel is compiled.
 
 
 @triton.jit
@@ -80,59 +56,46 @@ def _forward(
     small: tl.constexpr, inner: tl.constexpr, has_lines: tl.constexpr, precision: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """A tile of M: o is a column vector, i a row, g a number or a column vector."""
-    taps, inputs, outputs, width = (
-        tl.load(geo + TAPS), tl.load(geo + INPUTS), tl.load(geo + OUTPUTS), tl.load(geo + WIDTH)
-    )  # fmt: skip
+    outputs, inputs, taps, width = sizes(geo)
     row, column = g * outputs + o, g * inputs + i
     at = row * inputs + i
     weight, teacher, student = tl.load(dyn + WEIGHT), tl.load(dyn + TEACHER), tl.load(dyn + STUDENT)
-    alpha = _factor(tl.load(dyn + ROW_ALPHA), g * tl.load(geo + ROW_GROUP) + o, mask_o, dtype) * _factor(
-        tl.load(dyn + COLUMN_ALPHA), g * tl.load(geo + COLUMN_GROUP) + i, mask_i, dtype
-    )
-    row_map = tl.load(maps + tl.load(geo + ROW_MAP) + row, mask=mask_o & _there(student, row), other=-1)
-    column_map = tl.load(maps + tl.load(geo + COLUMN_MAP) + column, mask=mask_i & _there(student, column), other=-1)
-    inside = mask & (row_map >= 0) & (column_map >= 0)
-    place = row_map + column_map
+    alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask_o, mask_i, dtype)
     f0, f1, f2 = tl.load(dyn + FILTERED + 2), tl.load(dyn + FILTERED + 7), tl.load(dyn + FILTERED + 12)
-    p0 = _load(tl.load(dyn + FILTERED + 1), at, mask, dtype) * _load(tl.load(dyn + FILTERED), row, mask_o, dtype)
-    p1 = _load(tl.load(dyn + FILTERED + 6), at, mask, dtype) * _load(tl.load(dyn + FILTERED + 5), row, mask_o, dtype)
-    p2 = _load(tl.load(dyn + FILTERED + 11), at, mask, dtype) * _load(tl.load(dyn + FILTERED + 10), row, mask_o, dtype)
-    p3 = _load(tl.load(dyn + SUMMED + 1), at, mask, dtype) * _load(tl.load(dyn + SUMMED), row, mask_o, dtype)
+    p0 = read(tl.load(dyn + FILTERED + 1), at, mask, dtype) * read(tl.load(dyn + FILTERED), row, mask_o, dtype)
+    p1 = read(tl.load(dyn + FILTERED + 6), at, mask, dtype) * read(tl.load(dyn + FILTERED + 5), row, mask_o, dtype)
+    p2 = read(tl.load(dyn + FILTERED + 11), at, mask, dtype) * read(tl.load(dyn + FILTERED + 10), row, mask_o, dtype)
+    p3 = read(tl.load(dyn + SUMMED + 1), at, mask, dtype) * read(tl.load(dyn + SUMMED), row, mask_o, dtype)
     f3 = tl.load(dyn + SUMMED + 2)
-    scale = _load(tl.load(dyn + PRODUCT), row, mask_o, dtype)
+    scale = read(tl.load(dyn + PRODUCT), row, mask_o, dtype)
     point, kernel = tl.load(dyn + PRODUCT + 1), tl.load(dyn + PRODUCT + 2)
-    here = g * tl.load(dyn + STRIDE) + o * tl.load(dyn + STRIDE + 1) + i * tl.load(dyn + STRIDE + 3)
-    rows = g * tl.load(dyn + PRODUCT_STRIDE) + o * tl.load(dyn + PRODUCT_STRIDE + 1)
-    tap_stride, width_stride, kernel_tap = (
-        tl.load(dyn + STRIDE + 2), tl.load(dyn + PRODUCT_STRIDE + 2), tl.load(dyn + PRODUCT_STRIDE + 3)
-    )  # fmt: skip
+    tap_stride = tl.load(dyn + STRIDE + 2)
     student_tap = tl.load(geo + STUDENT_TAP)
     for k in range(taps):
-        value = _load(weight, here + k * tap_stride, mask, dtype)
-        value += p0 * _load(f0, row * taps + k, mask_o, dtype) + p1 * _load(f1, row * taps + k, mask_o, dtype)
-        value += p2 * _load(f2, row * taps + k, mask_o, dtype) + p3 * _load(f3, column * taps + k, mask_i, dtype)
+        value = read(weight, here + k * tap_stride, mask, dtype)
+        value += p0 * read(f0, row * taps + k, mask_o, dtype) + p1 * read(f1, row * taps + k, mask_o, dtype)
+        value += p2 * read(f2, row * taps + k, mask_o, dtype) + p3 * read(f3, column * taps + k, mask_i, dtype)
         if has_lines:
             for n in tl.static_range(3):
-                on, length, where = _line(geo, n, k)
+                on, length, where = on_line(geo, n, k)
                 line = tl.where(on, tl.load(dyn + LINES + 4 * n + 1), 0)
-                v = _load(tl.load(dyn + LINES + 4 * n), row, mask_o, dtype)
-                value += v * _load(line, at * length + where, mask, dtype)
+                v = read(tl.load(dyn + LINES + 4 * n), row, mask_o, dtype)
+                value += v * read(line, at * length + where, mask, dtype)
         if small:
             for c in range(width):
-                left = _load(kernel, rows + c * width_stride + k * kernel_tap, mask_o, dtype)
-                value += scale * left * _load(point, (g * width + c) * inputs + i, mask_i, dtype)
+                left = read(kernel, kernel_place_of(dyn, g, o, c, k), mask_o, dtype)
+                value += scale * left * read(point, (g * width + c) * inputs + i, mask_i, dtype)
         else:
             total = tl.zeros_like(value)
             for first in range(0, width, inner):
                 c = first + tl.arange(0, inner)
-                left = _load(
-                    kernel, rows + c[None, :] * width_stride + k * kernel_tap, mask_o & (c < width)[None, :], dtype
-                )
-                right = _load(point, (g * width + c[:, None]) * inputs + i, mask_i & (c < width)[:, None], dtype)
+                inside = mask_o & (c < width)[None, :]
+                left = read(kernel, kernel_place_of(dyn, g, o, c[None, :], k), inside, dtype)
+                right = read(point, (g * width + c[:, None]) * inputs + i, mask_i & (c < width)[:, None], dtype)
                 total = tl.dot(left, right, total, input_precision=precision)
             value += scale * total
-        _store(student, place + k * student_tap, value, inside, dtype)
-        _store(teacher, here + k * tap_stride, value * alpha, mask, dtype)
+        write(student, there + k * student_tap, value, mask & shared, dtype)
+        write(teacher, here + k * tap_stride, value * alpha, mask, dtype)
 
 
 @triton.jit
@@ -165,50 +128,18 @@ def compose_tiles(
 
 
 @triton.jit
-def _upstream(
-    dyn, geo, maps, g, o, i, k, mask_o, mask_i, mask, dtype: tl.constexpr
-):  # fmt: skip
-    """A tile of the gradient of M: alpha times the teacher's plus the student's. Any of o and i may be the column."""
-    outputs, inputs = tl.load(geo + OUTPUTS), tl.load(geo + INPUTS)
-    student = tl.load(dyn + STUDENT)
-    alpha = _factor(tl.load(dyn + ROW_ALPHA), g * tl.load(geo + ROW_GROUP) + o, mask_o, dtype) * _factor(
-        tl.load(dyn + COLUMN_ALPHA), g * tl.load(geo + COLUMN_GROUP) + i, mask_i, dtype
-    )
-    row, column = g * outputs + o, g * inputs + i
-    row_map = tl.load(maps + tl.load(geo + ROW_MAP) + row, mask=mask_o & _there(student, row), other=-1)
-    column_map = tl.load(maps + tl.load(geo + COLUMN_MAP) + column, mask=mask_i & _there(student, column), other=-1)
-    inside = mask & (row_map >= 0) & (column_map >= 0)
-    of_student = _load(student, row_map + column_map + k * tl.load(geo + STUDENT_TAP), inside, dtype)
-    return alpha * _load(tl.load(dyn + TEACHER), _place(dyn, g, o, i, k), mask, dtype) + of_student
-
-
-@triton.jit
-def _place(dyn, g, o, i, k):
-    """Where an element of the weight lies."""
-    rows = g * tl.load(dyn + STRIDE) + o * tl.load(dyn + STRIDE + 1)
-    return rows + i * tl.load(dyn + STRIDE + 3) + k * tl.load(dyn + STRIDE + 2)
-
-
-@triton.jit
-def _kernel_place(dyn, g, o, c, k):
-    """Where an element of a product's kernel lies."""
-    rows = g * tl.load(dyn + PRODUCT_STRIDE) + o * tl.load(dyn + PRODUCT_STRIDE + 1)
-    return rows + c * tl.load(dyn + PRODUCT_STRIDE + 2) + k * tl.load(dyn + PRODUCT_STRIDE + 3)
-
-
-@triton.jit
 def _rows_backward(
     dyn, geo, maps, g, o, mask_o,
     small: tl.constexpr, block: tl.constexpr, has_lines: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dW, and P, L and v of all but the product: what a block of outputs needs no other for."""
-    taps, inputs, outputs = tl.load(geo + TAPS), tl.load(geo + INPUTS), tl.load(geo + OUTPUTS)
+    outputs, inputs, taps, _ = sizes(geo)
     row = g * outputs + o
     d_weight = tl.load(dyn + D_WEIGHT)
     f0, f1, f2 = tl.load(dyn + FILTERED + 2), tl.load(dyn + FILTERED + 7), tl.load(dyn + FILTERED + 12)
     f3 = tl.load(dyn + SUMMED + 2)
-    v0, v1 = _load(tl.load(dyn + FILTERED), row, mask_o, dtype), _load(tl.load(dyn + FILTERED + 5), row, mask_o, dtype)
-    v2, v3 = _load(tl.load(dyn + FILTERED + 10), row, mask_o, dtype), _load(tl.load(dyn + SUMMED), row, mask_o, dtype)
+    v0, v1 = read(tl.load(dyn + FILTERED), row, mask_o, dtype), read(tl.load(dyn + FILTERED + 5), row, mask_o, dtype)
+    v2, v3 = read(tl.load(dyn + FILTERED + 10), row, mask_o, dtype), read(tl.load(dyn + SUMMED), row, mask_o, dtype)
     s0, s1, s2, s3 = tl.zeros_like(v0), tl.zeros_like(v0), tl.zeros_like(v0), tl.zeros_like(v0)
     l0, l1, l2 = tl.zeros_like(v0), tl.zeros_like(v0), tl.zeros_like(v0)
     for first in range(0, inputs, block):
@@ -217,50 +148,51 @@ def _rows_backward(
         mask = mask_o & (i < inputs)
         mask_i = mask if small else i < inputs
         at = row * inputs + i
+        alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask_o, mask_i, dtype)
         a0 = tl.zeros_like(at).to(tl.float32)
         a1, a2, a3 = a0, a0, a0
         for k in range(taps):
-            up = _upstream(dyn, geo, maps, g, o, i, k, mask_o, mask_i, mask, dtype)
-            _store(d_weight, _place(dyn, g, o, i, k), up, mask, dtype)
-            a0 += up * _load(f0, row * taps + k, mask_o, dtype)
-            a1 += up * _load(f1, row * taps + k, mask_o, dtype)
-            a2 += up * _load(f2, row * taps + k, mask_o, dtype)
-            a3 += up * _load(f3, column * taps + k, mask_i, dtype)
+            up = upstream(dyn, geo, alpha, here, there, shared, k, mask, dtype)
+            write(d_weight, here + k * tl.load(dyn + STRIDE + 2), up, mask, dtype)
+            a0 += up * read(f0, row * taps + k, mask_o, dtype)
+            a1 += up * read(f1, row * taps + k, mask_o, dtype)
+            a2 += up * read(f2, row * taps + k, mask_o, dtype)
+            a3 += up * read(f3, column * taps + k, mask_i, dtype)
             if has_lines:
-                on, length, where = _line(geo, 0, k)
+                on, length, where = on_line(geo, 0, k)
                 l0 += _line_backward(dyn, 0, on, up, row, at * length + where, mask_o, mask, dtype)
-                on, length, where = _line(geo, 1, k)
+                on, length, where = on_line(geo, 1, k)
                 l1 += _line_backward(dyn, 1, on, up, row, at * length + where, mask_o, mask, dtype)
-                on, length, where = _line(geo, 2, k)
+                on, length, where = on_line(geo, 2, k)
                 l2 += _line_backward(dyn, 2, on, up, row, at * length + where, mask_o, mask, dtype)
         s0 += _point_backward(dyn + FILTERED, a0, v0, at, mask, dtype)
         s1 += _point_backward(dyn + FILTERED + 5, a1, v1, at, mask, dtype)
         s2 += _point_backward(dyn + FILTERED + 10, a2, v2, at, mask, dtype)
         s3 += _point_backward(dyn + SUMMED, a3, v3, at, mask, dtype)
-    _store(tl.load(dyn + FILTERED + 3), row, s0, mask_o, dtype)
-    _store(tl.load(dyn + FILTERED + 8), row, s1, mask_o, dtype)
-    _store(tl.load(dyn + FILTERED + 13), row, s2, mask_o, dtype)
-    _store(tl.load(dyn + SUMMED + 3), row, s3, mask_o, dtype)
+    write(tl.load(dyn + FILTERED + 3), row, s0, mask_o, dtype)
+    write(tl.load(dyn + FILTERED + 8), row, s1, mask_o, dtype)
+    write(tl.load(dyn + FILTERED + 13), row, s2, mask_o, dtype)
+    write(tl.load(dyn + SUMMED + 3), row, s3, mask_o, dtype)
     if has_lines:
-        _store(tl.load(dyn + LINES + 2), row, l0, mask_o, dtype)
-        _store(tl.load(dyn + LINES + 6), row, l1, mask_o, dtype)
-        _store(tl.load(dyn + LINES + 10), row, l2, mask_o, dtype)
+        write(tl.load(dyn + LINES + 2), row, l0, mask_o, dtype)
+        write(tl.load(dyn + LINES + 6), row, l1, mask_o, dtype)
+        write(tl.load(dyn + LINES + 10), row, l2, mask_o, dtype)
 
 
 @triton.jit
 def _point_backward(term, summed, scale, at, mask, dtype: tl.constexpr):
     """Write dP from its sum over taps; returns this tile's share of dv."""
-    _store(tl.load(term + 4), at, summed * scale, mask, dtype)
-    return tl.sum(summed * _load(tl.load(term + 1), at, mask, dtype), 1, keep_dims=True)
+    write(tl.load(term + 4), at, summed * scale, mask, dtype)
+    return tl.sum(summed * read(tl.load(term + 1), at, mask, dtype), 1, keep_dims=True)
 
 
 @triton.jit
 def _line_backward(dyn, number: tl.constexpr, on, up, row, at, mask_o, mask, dtype: tl.constexpr):
     """Write dL; returns this tile's share of dv."""
-    scale = _load(tl.load(dyn + LINES + 4 * number), row, mask_o, dtype)
+    scale = read(tl.load(dyn + LINES + 4 * number), row, mask_o, dtype)
     line, of_line = tl.load(dyn + LINES + 4 * number + 1), tl.load(dyn + LINES + 4 * number + 3)
-    _store(tl.where(on, of_line, 0), at, up * scale, mask, dtype)
-    return tl.sum(up * _load(tl.where(on, line, 0), at, mask, dtype), 1, keep_dims=True)
+    write(tl.where(on, of_line, 0), at, up * scale, mask, dtype)
+    return tl.sum(up * read(tl.where(on, line, 0), at, mask, dtype), 1, keep_dims=True)
 
 
 @triton.jit
@@ -269,41 +201,40 @@ def _kernel_backward(
     small: tl.constexpr, block: tl.constexpr, inner: tl.constexpr, precision: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dK of a product and its dv, for a block of outputs."""
-    taps, inputs, outputs, width = (
-        tl.load(geo + TAPS), tl.load(geo + INPUTS), tl.load(geo + OUTPUTS), tl.load(geo + WIDTH)
-    )  # fmt: skip
+    outputs, inputs, taps, width = sizes(geo)
     row = g * outputs + o
     point, kernel, d_kernel = tl.load(dyn + PRODUCT + 1), tl.load(dyn + PRODUCT + 2), tl.load(dyn + PRODUCT + 5)
-    scale = _load(tl.load(dyn + PRODUCT), row, mask_o, dtype)
+    scale = read(tl.load(dyn + PRODUCT), row, mask_o, dtype)
     of_scale = tl.zeros_like(scale)
+    if small:
+        i = tl.arange(0, block)[None, :]
+        mask = mask_o & (i < inputs)
+        alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask_o, mask, dtype)
     for k in range(taps):
         if small:
-            i = tl.arange(0, block)[None, :]
-            mask = mask_o & (i < inputs)
-            up = _upstream(dyn, geo, maps, g, o, i, k, mask_o, mask, mask, dtype)
+            up = upstream(dyn, geo, alpha, here, there, shared, k, mask, dtype)
             for c in range(width):
-                summed = tl.sum(up * _load(point, (g * width + c) * inputs + i, mask, dtype), 1, keep_dims=True)
-                at = _kernel_place(dyn, g, o, c, k)
-                of_scale += summed * _load(kernel, at, mask_o, dtype)
-                _store(d_kernel, at, summed * scale, mask_o, dtype)
+                summed = tl.sum(up * read(point, (g * width + c) * inputs + i, mask, dtype), 1, keep_dims=True)
+                at = kernel_place_of(dyn, g, o, c, k)
+                of_scale += summed * read(kernel, at, mask_o, dtype)
+                write(d_kernel, at, summed * scale, mask_o, dtype)
         else:
             for start in range(0, width, inner):
                 c = (start + tl.arange(0, inner))[None, :]
                 total = tl.zeros_like(c * 1.0 + scale)
                 for first in range(0, inputs, block):
                     i = first + tl.arange(0, block)
-                    up = _upstream(
-                        dyn, geo, maps, g, o, i[None, :], k,
-                        mask_o, (i < inputs)[None, :], mask_o & (i < inputs)[None, :], dtype,
-                    )  # fmt: skip
+                    mask_i = (i < inputs)[None, :]
+                    alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i[None, :], mask_o, mask_i, dtype)
+                    up = upstream(dyn, geo, alpha, here, there, shared, k, mask_o & mask_i, dtype)
                     mask = (i < inputs)[:, None] & (c < width)
-                    right = _load(point, (g * width + c) * inputs + i[:, None], mask, dtype)
+                    right = read(point, (g * width + c) * inputs + i[:, None], mask, dtype)
                     total = tl.dot(up, right, total, input_precision=precision)
-                at = _kernel_place(dyn, g, o, c, k)
+                at = kernel_place_of(dyn, g, o, c, k)
                 mask = mask_o & (c < width)
-                of_scale += tl.sum(total * _load(kernel, at, mask, dtype), 1, keep_dims=True)
-                _store(d_kernel, at, total * scale, mask, dtype)
-    _store(tl.load(dyn + PRODUCT + 3), row, of_scale, mask_o, dtype)
+                of_scale += tl.sum(total * read(kernel, at, mask, dtype), 1, keep_dims=True)
+                write(d_kernel, at, total * scale, mask, dtype)
+    write(tl.load(dyn + PRODUCT + 3), row, of_scale, mask_o, dtype)
 
 
 @triton.jit
@@ -313,9 +244,7 @@ def _columns_backward(
     precision: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dP of a product for a block of inner channels and inputs, and with the first of them dF of an input filter."""
-    taps, inputs, outputs, width = (
-        tl.load(geo + TAPS), tl.load(geo + INPUTS), tl.load(geo + OUTPUTS), tl.load(geo + WIDTH)
-    )  # fmt: skip
+    outputs, inputs, taps, width = sizes(geo)
     i = first + tl.arange(0, block)[None, :]
     c = start + tl.arange(0, inner)
     mask_i = i < inputs
@@ -330,19 +259,20 @@ def _columns_backward(
             o = below + tl.arange(0, outputs_block)
             rows = o[:, None]
             mask = (rows < outputs) & mask_i
-            up = _upstream(dyn, geo, maps, g, rows, i, k, rows < outputs, mask_i, mask, dtype)
+            alpha, here, there, shared = both_networks(dyn, geo, maps, g, rows, i, rows < outputs, mask_i, dtype)
+            up = upstream(dyn, geo, alpha, here, there, shared, k, mask, dtype)
             row = g * outputs + o
-            left = _load(
-                kernel, _kernel_place(dyn, g, o[None, :], c[:, None], k),
+            left = read(
+                kernel, kernel_place_of(dyn, g, o[None, :], c[:, None], k),
                 (c < width)[:, None] & (o < outputs)[None, :], dtype,
-            ) * _load(scales, row, o < outputs, dtype)[None, :]  # fmt: skip
+            ) * read(scales, row, o < outputs, dtype)[None, :]  # fmt: skip
             total = tl.dot(left, up, total, input_precision=precision)
-            share = _load(point, row[:, None] * inputs + i, mask, dtype)
-            share *= _load(scale, row[:, None], rows < outputs, dtype)
+            share = read(point, row[:, None] * inputs + i, mask, dtype)
+            share *= read(scale, row[:, None], rows < outputs, dtype)
             of_filter += tl.sum(up * share, 0, keep_dims=True)
-        _store(d_filter, (g * inputs + i) * taps + k, of_filter, mask_i, dtype)
+        write(d_filter, (g * inputs + i) * taps + k, of_filter, mask_i, dtype)
     mask = (c < width)[:, None] & mask_i
-    _store(d_point, (g * width + c[:, None]) * inputs + i, total, mask, dtype)
+    write(d_point, (g * width + c[:, None]) * inputs + i, total, mask, dtype)
 
 
 @triton.jit
@@ -350,9 +280,7 @@ def _few_columns_backward(
     dyn, geo, maps, first, rows_block: tl.constexpr, outputs_block: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
     """As `_columns_backward`, for rows of inputs of several groups."""
-    taps, inputs, outputs, width = (
-        tl.load(geo + TAPS), tl.load(geo + INPUTS), tl.load(geo + OUTPUTS), tl.load(geo + WIDTH)
-    )  # fmt: skip
+    outputs, inputs, taps, width = sizes(geo)
     column = first + tl.arange(0, rows_block)[:, None]
     mask_i = column < tl.load(geo + GROUPS) * inputs
     g, i = column // inputs, column % inputs
@@ -365,22 +293,24 @@ def _few_columns_backward(
         for below in range(0, outputs, outputs_block):
             o = below + tl.arange(0, outputs_block)[None, :]
             mask = mask_i & (o < outputs)
-            up = _upstream(dyn, geo, maps, g, o, i, k, mask, mask_i, mask, dtype)
+            alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask, mask_i, dtype)
+            up = upstream(dyn, geo, alpha, here, there, shared, k, mask, dtype)
             row = g * outputs + o
-            share = _load(point, row * inputs + i, mask, dtype)
-            share *= _load(tl.load(dyn + SUMMED), row, mask, dtype)
+            share = read(point, row * inputs + i, mask, dtype)
+            share *= read(tl.load(dyn + SUMMED), row, mask, dtype)
             of_filter += tl.sum(up * share, 1, keep_dims=True)
-        _store(d_filter, column * taps + k, of_filter, mask_i, dtype)
+        write(d_filter, column * taps + k, of_filter, mask_i, dtype)
     for c in range(width):
         total = of_none
         for k in range(taps):
             for below in range(0, outputs, outputs_block):
                 o = below + tl.arange(0, outputs_block)[None, :]
                 mask = mask_i & (o < outputs)
-                up = _upstream(dyn, geo, maps, g, o, i, k, mask, mask_i, mask, dtype)
-                left = _load(kernel, _kernel_place(dyn, g, o, c, k), mask, dtype)
-                total += tl.sum(up * left * _load(scales, g * outputs + o, mask, dtype), 1, keep_dims=True)
-        _store(d_point, (g * width + c) * inputs + i, total, mask_i, dtype)
+                alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask, mask_i, dtype)
+                up = upstream(dyn, geo, alpha, here, there, shared, k, mask, dtype)
+                left = read(kernel, kernel_place_of(dyn, g, o, c, k), mask, dtype)
+                total += tl.sum(up * left * read(scales, g * outputs + o, mask, dtype), 1, keep_dims=True)
+        write(d_point, (g * width + c) * inputs + i, total, mask_i, dtype)
 
 
 @triton.jit

@@ -33,28 +33,17 @@ def compiled(name: str, target: Any, dtype: Any, few: int) -> dict[str, Any]:
     """Compile one variant; with lines, and with layers of few and of many inputs, which takes the most registers."""
     blocks = launch.FORWARD if name == "compose_tiles" else launch.BACKWARD
     kernel = getattr(tile_kernels, name)
-    constants = {
-        "outputs_block": blocks.outputs,
-        "inputs_block": blocks.inputs,
-        "inner": blocks.inner,
-        "rows_block": blocks.rows,
-        "few": few,
-        "has_small": True,
-        "has_large": True,
-        "has_lines": True,
-        "precision": "ieee" if target.backend == "hip" else "tf32x3",
-        "dtype": dtype,
-    }
+    hip = target.backend == "hip"
+    constants = launch.constants(blocks, few=few, small=True, large=True, lines=True, hip=hip, dtype=dtype)
     source = ASTSource(
         fn=kernel,
         signature={**POINTERS, **dict.fromkeys(constants, "constexpr")},
         constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
         attrs={(n,): [["tt.divisibility", 16]] for n in range(len(POINTERS))},
     )
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
-    made = triton.compile(source, target=target, options=options)
+    made = triton.compile(source, target=target, options=blocks.options())
     found = {"kernel": name, "dtype": str(dtype), "few": few, "shared": made.metadata.shared}
-    return found | (_amd(made.asm["amdgcn"]) if target.backend == "hip" else _nvidia(made.asm["ptx"], target.arch))
+    return found | (_amd(made.asm["amdgcn"]) if hip else _nvidia(made.asm["ptx"], target.arch))
 
 
 def _nvidia(ptx: str, arch: int) -> dict[str, int]:

@@ -1,0 +1,107 @@
+"""What the tile kernels read of a layer: the columns of its tables, and its tensors through their addresses."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# pyright: reportUntypedFunctionDecorator=false, reportUnknownParameterType=false, reportMissingParameterType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# Triton gives its arguments and results no types, or those that they have outside of a kernel.
+
+# What a task says of itself, integers: the layer, the kind, whether it is small, the group, the first of each block.
+TASK = tl.constexpr(6)
+# What is known of a layer, integers: sizes, where its maps start, how alpha is indexed, three lines.
+GEO = tl.constexpr(20)
+GROUPS, OUTPUTS, TAPS, INPUTS, WIDTH = (tl.constexpr(n) for n in range(5))
+ROW_MAP, COLUMN_MAP, STUDENT_TAP, ROW_GROUP, COLUMN_GROUP = (tl.constexpr(n) for n in range(5, 10))
+LINE = tl.constexpr(10)  # length, first tap, step between taps
+# Addresses and strides of a layer's tensors; an address of zero: there is none.
+DYN = tl.constexpr(54)
+WEIGHT, TEACHER, STUDENT, D_WEIGHT, ROW_ALPHA, COLUMN_ALPHA = (tl.constexpr(n) for n in range(6))
+STRIDE = tl.constexpr(6)  # of group, output, tap, input
+FILTERED = tl.constexpr(10)  # three times v, P, F, dv, dP
+SUMMED = tl.constexpr(25)  # v, P, F, dv, dP, dF
+PRODUCT = tl.constexpr(31)  # v, P, K, dv, dP, dK
+PRODUCT_STRIDE = tl.constexpr(37)  # of K: group, output, inner channel, tap
+LINES = tl.constexpr(41)  # three times v, L, dv, dL
+
+
+@triton.jit
+def exists(address, offset):
+    """Whether there is a tensor, in the shape of `offset`: the interpreter cannot combine a mask with a number."""
+    return (address + tl.zeros_like(offset)) != 0
+
+
+@triton.jit
+def read(address, offset, mask, dtype: tl.constexpr):
+    """Elements in float32; zero where masked, and where there is no tensor."""
+    there = mask & exists(address, offset)
+    return tl.load(address.to(tl.pointer_type(dtype)) + offset, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(address, offset, value, mask, dtype: tl.constexpr):
+    """Write elements; nothing where masked, and where there is no tensor."""
+    there = mask & exists(address, offset)
+    tl.store(address.to(tl.pointer_type(dtype)) + offset, value.to(dtype), mask=there)
+
+
+@triton.jit
+def factor(address, offset, mask, dtype: tl.constexpr):
+    """Elements in float32; one where there is no tensor."""
+    return tl.where(address != 0, read(address, offset, mask, dtype), 1.0)
+
+
+@triton.jit
+def sizes(geo):
+    """Outputs, inputs, taps, and the inner width of the product."""
+    return tl.load(geo + OUTPUTS), tl.load(geo + INPUTS), tl.load(geo + TAPS), tl.load(geo + WIDTH)
+
+
+@triton.jit
+def place_of(dyn, g, o, i):
+    """Where an element of the weight lies, at the first tap."""
+    return g * tl.load(dyn + STRIDE) + o * tl.load(dyn + STRIDE + 1) + i * tl.load(dyn + STRIDE + 3)
+
+
+@triton.jit
+def kernel_place_of(dyn, g, o, c, k):
+    """Where an element of a product's kernel lies."""
+    rows = g * tl.load(dyn + PRODUCT_STRIDE) + o * tl.load(dyn + PRODUCT_STRIDE + 1)
+    return rows + c * tl.load(dyn + PRODUCT_STRIDE + 2) + k * tl.load(dyn + PRODUCT_STRIDE + 3)
+
+
+@triton.jit
+def both_networks(dyn, geo, maps, g, o, i, mask_o, mask_i, dtype: tl.constexpr):
+    """What a tile is to both networks at its first tap; any of o and i may be the column.
+
+    Alpha, where the elements lie in the teacher and in the student, and which of them the student has.
+    """
+    outputs, inputs, _, _ = sizes(geo)
+    alpha = factor(tl.load(dyn + ROW_ALPHA), g * tl.load(geo + ROW_GROUP) + o, mask_o, dtype) * factor(
+        tl.load(dyn + COLUMN_ALPHA), g * tl.load(geo + COLUMN_GROUP) + i, mask_i, dtype
+    )
+    row, column, student = g * outputs + o, g * inputs + i, tl.load(dyn + STUDENT)
+    row_map = tl.load(maps + tl.load(geo + ROW_MAP) + row, mask=mask_o & exists(student, row), other=-1)
+    column_map = tl.load(maps + tl.load(geo + COLUMN_MAP) + column, mask=mask_i & exists(student, column), other=-1)
+    return alpha, place_of(dyn, g, o, i), row_map + column_map, (row_map >= 0) & (column_map >= 0)
+
+
+@triton.jit
+def upstream(dyn, geo, alpha, here, there, shared, k, mask, dtype: tl.constexpr):
+    """The gradient of M at a tap of a tile, from both networks: the tile is as `both_networks` has it."""
+    of_teacher = read(tl.load(dyn + TEACHER), here + k * tl.load(dyn + STRIDE + 2), mask, dtype)
+    of_student = read(tl.load(dyn + STUDENT), there + k * tl.load(geo + STUDENT_TAP), mask & shared, dtype)
+    return alpha * of_teacher + of_student
+
+
+@triton.jit
+def on_line(geo, number: tl.constexpr, k):
+    """Whether tap k lies on a line, the line's length, and where on it."""
+    length = tl.load(geo + LINE + 3 * number)
+    step = tl.maximum(tl.load(geo + LINE + 3 * number + 2), 1)
+    ahead = k - tl.load(geo + LINE + 3 * number + 1)
+    place = ahead // step
+    return (ahead >= 0) & (place * step == ahead) & (place < length), length, place
