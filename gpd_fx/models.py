@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpd_fx.errors import ArgumentError, CheckpointError
+from gpd_fx.extras import need
 from gpd_fx.files import output_path, publish, staging
 
 _FORMS: Final = "torchvision:NAME, timm:NAME or package.module:factory"
@@ -66,7 +67,7 @@ def _options(spec: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _torchvision(spec: str, name: str, options: dict[str, Any]) -> nn.Module:
-    models = _zoo(spec, "torchvision.models")
+    models = need("torchvision.models", f"model {spec!r}", "zoo")
     names: list[str] = models.list_models()
     if name.lower() not in names:
         raise ArgumentError(_unknown(spec, "torchvision", name, names))
@@ -79,22 +80,11 @@ def _torchvision(spec: str, name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _timm(spec: str, name: str, options: dict[str, Any]) -> nn.Module:
-    timm = _zoo(spec, "timm")
+    timm = need("timm", f"model {spec!r}", "zoo")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):  # also what points at a hub or a folder: those would download or unpickle
         raise ArgumentError(_unknown(spec, "timm", architecture, timm.list_models()))
     return _build(spec, lambda: timm.create_model(name, **{"pretrained": False, **options}))
-
-
-def _zoo(spec: str, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ArgumentError(
-            f"model {spec!r} needs {package}, which cannot be imported ({error}); install it with "
-            "pip install 'gpd_fx[zoo]'"
-        ) from error
 
 
 def _unknown(spec: str, package: str, name: str, known: Sequence[str]) -> str:

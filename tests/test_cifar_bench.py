@@ -17,7 +17,8 @@ from bench.cifar.__main__ import best_rate
 from bench.cifar.arms import ARMS, Arm
 from bench.cifar.data import Images, batches, load, prepare
 from bench.cifar.show import markdown
-from bench.cifar.train import Setting, keep, train, trained
+from bench.cifar.train import Setting, train, trained
+from gpd_fx.models import save_weights
 
 
 def test_images_are_read_and_kept(tmp_path: Path) -> None:
@@ -61,8 +62,8 @@ def test_batches_move_and_mirror() -> None:
 def test_a_run_repeats(arm: Arm, tmp_path: Path) -> None:
     setting = Setting(width=2, epochs=1, batch=8, half=False, folder=tmp_path)
     torch.manual_seed(1)
-    keep(setting.student(), trained(setting, 3))
-    keep(setting.static(), tmp_path / "static.safetensors")
+    save_weights(setting.student(), trained(setting, 3))
+    save_weights(setting.static(), tmp_path / "static.safetensors")
     images = Images(torch.randint(0, 255, (24, 3, 32, 32), dtype=torch.uint8), torch.arange(24) % 10)
     first, student = train(arm, 0.05, 3, setting, images, images)
     second, again = train(arm, 0.05, 3, setting, images, images)

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from gpd_fx import GPDLoss, expand
 from gpd_fx.distill import Images, distill
-from gpd_fx.distill.engine import Engine, make_accelerator
+from gpd_fx.distill.engine import Engine
 from gpd_fx.distill.metrics import read_metrics
 from gpd_fx.distill.randomness import permutation
+from gpd_fx.distill.setup import make_accelerator
 from gpd_fx.distill.syncbn import SyncedBatchNorm
 from gpd_fx.errors import ArgumentError
 from gpd_fx.teacher import DynamicTeacher

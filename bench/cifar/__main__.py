@@ -24,8 +24,9 @@ import typer
 from bench.cifar.arms import ABLATION, ARMS, MAIN
 from bench.cifar.data import load
 from bench.cifar.show import show
-from bench.cifar.train import Setting, keep, train, trained
+from bench.cifar.train import Setting, train, trained
 from bench.progress import progress_bar
+from gpd_fx.models import save_weights
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", help=__doc__)
 HELD_OUT = 5000
@@ -62,7 +63,7 @@ def one(
     if arm == "static":
         large = Setting(2 * width, 3, epochs, folder=folder)
         run, model = train(ARMS["alone"], rate, seed, large, learnt, tests)
-        keep(model, folder / "static.safetensors")
+        save_weights(model, folder / "static.safetensors")
     else:
         try:
             run, model = train(ARMS[arm], rate, seed, setting, learnt, tests)
@@ -70,7 +71,7 @@ def one(
             print(json.dumps(record | {"student": [], "error": str(error)}))
             return
         if arm == "alone":
-            keep(model, _tuned(setting.folder, rate) if tuning else trained(setting, seed))
+            save_weights(model, _tuned(setting.folder, rate) if tuning else trained(setting, seed))
     record |= asdict(run) | {"parameters": sum(p.numel() for p in model.parameters())}
     print(json.dumps(record | {"wall": time.perf_counter() - started}))
 

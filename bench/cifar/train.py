@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,6 +19,7 @@ from bench.cifar.data import Images, batches, prepare
 from bench.cifar.model import ResNet
 from gpd_fx.expansion import make_draft, make_teacher, study_model
 from gpd_fx.losses import dkd, kd
+from gpd_fx.models import load_weights
 from gpd_fx.teacher import DynamicTeacher
 from gpd_fx.train import Schedule, decay_groups
 
@@ -67,11 +67,11 @@ def train(arm: Arm, rate: float, seed: int, setting: Setting, images: Images, te
     generator = torch.Generator().manual_seed(seed)
     student = setting.student()
     if arm.start == "trained":
-        student.load_state_dict(load_file(trained(setting, seed)))
+        load_weights(student, trained(setting, seed))
     static = None
     if arm.static is not None:
         static = setting.static().eval()
-        static.load_state_dict(load_file(setting.folder / "static.safetensors"))
+        load_weights(static, setting.folder / "static.safetensors")
     model, forward = _networks(arm, student, seed)
     model.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  torch's stub lacks it
     schedule = Schedule(setting.epochs, rate, weight_decay=5e-4, warmup=0.15)
@@ -106,13 +106,6 @@ def train(arm: Arm, rate: float, seed: int, setting: Setting, images: Images, te
 def trained(setting: Setting, seed: int) -> Path:
     """Where the student lies that was trained alone with this seed."""
     return setting.folder / f"alone-{seed}.safetensors"
-
-
-def keep(model: nn.Module, path: Path) -> None:
-    """Write a model's weights."""
-    whole = path.with_suffix(".part")
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, whole)
-    whole.replace(path)
 
 
 def _networks(arm: Arm, student: nn.Module, seed: int) -> tuple[nn.Module, Callable[[Tensor], dict[str, Tensor]]]:

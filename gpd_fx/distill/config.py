@@ -15,9 +15,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from gpd_fx.distill.extras import need
 from gpd_fx.distill.weights import check_weight
 from gpd_fx.errors import ArgumentError
+from gpd_fx.extras import need
 from gpd_fx.files import write_text
 
 LOSSES: Final = ("task_student", "task_teacher", "distill", "static", "features")

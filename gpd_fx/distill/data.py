@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.extras import need
 from gpd_fx.distill.randomness import derive, permutation, restored, set_all
 from gpd_fx.errors import ArgumentError
+from gpd_fx.extras import need
 
 _TEST_FOLDERS: Final = ("val", "valid", "validation", "test")
 Key = tuple[int, int]  # epoch (from 0), number of the image

@@ -27,16 +27,17 @@ from gpd_fx.checkpoint import plan_digest
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.data import Images, Order, held_out_batches, mixing, training_batches
 from gpd_fx.distill.evaluation import Score, score
-from gpd_fx.distill.extras import need
 from gpd_fx.distill.metrics import Recorder
 from gpd_fx.distill.nans import find_culprit
 from gpd_fx.distill.objective import Objective
 from gpd_fx.distill.randomness import derive, set_all
+from gpd_fx.distill.setup import make_optimizer, make_schedule
 from gpd_fx.distill.state import checkpoint_path, checkpoints, prune, read_state, write_state
 from gpd_fx.distill.static import StaticTeacher
 from gpd_fx.distill.syncbn import SyncedBatchNorm
 from gpd_fx.distill.trainee import Trainee, freeze_unused, with_reviews
 from gpd_fx.errors import ArgumentError, CheckpointError, TrainingError
+from gpd_fx.extras import need
 from gpd_fx.teacher import DynamicTeacher
 
 
@@ -99,8 +100,8 @@ class Engine:
             utils = need("timm.utils", "a moving average of weights")
             self.ema = utils.ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
         self.trainee, self.unused = self._trainee()
-        self._optimizer = _optimizer(config, self.trainee)
-        self._schedule: Any = _schedule(config, self._optimizer, self.updates)
+        self._optimizer = make_optimizer(config, self.trainee)
+        self._schedule: Any = make_schedule(config, self._optimizer, self.updates)
         self.wrapped, self.optimizer = accelerator.prepare(self.trainee, self._optimizer)
         self._stop = False
 
@@ -387,62 +388,6 @@ _FREE = {
     "data", "download", "workers", "keep", "checkpoint_every", "evaluate_every", "log_every", "onnx", "recalibrate",
     "device", "static_compile", "student_weights", "static_weights",
 }  # fmt: skip
-
-
-def make_accelerator(config: DistillConfig) -> Any:
-    """accelerate's view of devices, precision and processes.
-
-    Raises:
-        ArgumentError: accelerate is missing, or the device cannot compute in the wanted precision.
-    """
-    accelerate = need("accelerate", "training")
-    try:
-        return accelerate.Accelerator(
-            mixed_precision=config.precision,
-            cpu=config.device == "cpu",
-            kwargs_handlers=[accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
-    except ValueError as error:
-        raise ArgumentError(f"precision {config.precision!r} on device {config.device!r}: {error}") from error
-
-
-def _optimizer(config: DistillConfig, trainee: Trainee) -> torch.optim.Optimizer:
-    optim = need("timm.optim", "training")
-    options: dict[str, Any] = dict(config.optimizer_options)
-    try:
-        return optim.create_optimizer_v2(
-            trainee,
-            opt=config.optimizer,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay or 0.0,
-            momentum=config.momentum,
-            **options,
-        )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(f"optimizer {config.optimizer!r} with {options}: {error}") from error
-
-
-def _schedule(config: DistillConfig, optimizer: torch.optim.Optimizer, updates: int) -> Any:
-    if config.schedule == "plateau":
-        raise ArgumentError("schedule 'plateau' cannot be taken up exactly; use cosine, multistep, step, poly or tanh")
-    schedulers = need("timm.scheduler", "training")
-    steps = [round((config.epochs or 0) * share, 3) for share in (0.3, 0.6, 0.9)]
-    defaults = {"decay_milestones": steps, "decay_rate": 0.1} if config.schedule == "multistep" else {}
-    options: dict[str, Any] = {"warmup_epochs": config.warmup_epochs, **defaults, **config.schedule_options}
-    try:
-        schedule, _ = schedulers.create_scheduler_v2(
-            optimizer,
-            sched=config.schedule,
-            num_epochs=config.epochs,
-            step_on_epochs=False,
-            updates_per_epoch=updates,
-            **options,
-        )
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ArgumentError(f"schedule {config.schedule!r} with {options}: {error}") from error
-    if schedule is not None:
-        schedule.step_update(0)
-    return schedule
 
 
 def _plan(model: nn.Module) -> str | None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from gpd_fx.checkpoint import save
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.data import Images, Order, load_images, training_batches
-from gpd_fx.distill.engine import Engine, make_accelerator
+from gpd_fx.distill.engine import Engine
 from gpd_fx.distill.evaluation import Score, percent, recalibrate
 from gpd_fx.distill.metrics import Recorder, new_run, plot_metrics, read_metrics
 from gpd_fx.distill.randomness import set_all
+from gpd_fx.distill.setup import make_accelerator
 from gpd_fx.distill.state import checkpoints
 from gpd_fx.distill.static import OnnxTeacher, StaticTeacher, load_static
 from gpd_fx.errors import ArgumentError

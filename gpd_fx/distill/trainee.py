@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -72,18 +73,27 @@ class Trainee(nn.Module):
         return logits
 
 
+@contextmanager
+def _restored(module: nn.Module) -> Generator[None]:
+    """Afterwards all tensors, of which a call in train mode changes the statistics of batch norm, are as they were."""
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    try:
+        yield
+    finally:
+        module.load_state_dict(state)
+
+
 def freeze_unused(trainee: Trainee, images: Tensor, features: tuple[Tensor, ...]) -> list[str]:
     """Stop gradients of parameters that no output depends on, which data-parallel training would wait for.
 
     An optimizer leaves them as they are either way. Returns their names.
     """
-    state = {name: tensor.clone() for name, tensor in trainee.state_dict().items()}
-    outputs = trainee.train()(images, features)
-    named = {name: parameter for name, parameter in trainee.named_parameters() if parameter.requires_grad}
-    total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
-    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    with _restored(trainee):
+        outputs = trainee.train()(images, features)
+        named = {name: parameter for name, parameter in trainee.named_parameters() if parameter.requires_grad}
+        total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
+        found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     gradients = cast("tuple[Tensor | None, ...]", found)
-    trainee.load_state_dict(state)  # the statistics of batch norm are as they were
     unused = [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
     for name in unused:
         named[name].requires_grad_(False)
@@ -97,11 +107,9 @@ def with_reviews(model: nn.Module, names: Sequence[str], images: Tensor, targets
         ArgumentError: a name means nothing in the model, or its features are no maps, tokens or vectors.
     """
     taps = TeacherTaps(model, names) if isinstance(model, DynamicTeacher) else StudentTaps(model, names)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.no_grad(), taps.watching() as found:  # in train mode, since the taps are in that graph
+    with _restored(model), torch.no_grad(), taps.watching() as found:  # in train mode, since the taps are in that graph
         call = model.train().both if isinstance(model, DynamicTeacher) else model.train()
         call(images)
-    model.load_state_dict(state)  # the statistics of batch norm are as they were
     wanted = [as_map(target).shape[1] for target in targets]
     channels = {
         name: [as_map(each).shape[1] for each in f] for name, f in zip(("student", "teacher"), found, strict=True)

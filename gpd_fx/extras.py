@@ -1,4 +1,4 @@
-"""Packages that only training needs, imported where they are used."""
+"""Packages that only parts of the library need, imported where they are used."""
 
 from __future__ import annotations
 
