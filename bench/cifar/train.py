@@ -24,6 +24,7 @@ from gpd_fx.teacher import DynamicTeacher
 from gpd_fx.train import Schedule, decay_groups
 
 TEMPERATURE = 4.0  # of KD from a static teacher, as is usual for it
+STATIC_BLOCKS = 2  # in each stage of the static teacher, which is twice as wide as the student
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -44,7 +45,7 @@ class Setting:
 
     def static(self) -> ResNet:
         """The static teacher, before it was trained."""
-        return ResNet(2 * self.width, 3)
+        return ResNet(2 * self.width, STATIC_BLOCKS)
 
 
 @dataclass
