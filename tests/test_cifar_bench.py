@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bench.cifar.__main__ import best_rate
+from bench.cifar.__main__ import best_rate, read
 from bench.cifar.arms import ARMS, Arm
 from bench.cifar.data import Images, batches, load, prepare
-from bench.cifar.show import markdown
+from bench.cifar.page import KEPT, PAGE, renewed
+from bench.cifar.show import draw
+from bench.cifar.tables import COLUMNS, markdown, rates_of, rows_of
 from bench.cifar.train import Setting, train, trained
 from gpd_fx.models import save_weights
 
@@ -81,18 +83,36 @@ def test_a_run_repeats(arm: Arm, tmp_path: Path) -> None:
     assert type(student) is type(setting.student())
 
 
-def test_the_table_compares_seed_by_seed() -> None:
-    def record(arm: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
-        same = {"rate": 0.1, "tuning": False, "student": [accuracy], "folded": accuracy, "seconds": 10.0, "teacher": []}
-        return {"arm": arm, "seed": seed, **same, **more}
+def record(arm: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    same = {"rate": 0.1, "tuning": False, "student": [accuracy], "folded": accuracy, "seconds": 10.0, "teacher": []}
+    return {"arm": arm, "seed": seed, "wall": 36.0, **same, **more}
 
+
+def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
     records = [record("alone", n, 70.0 + n) for n in range(3)]
-    records += [record("gpd", n, 72.0 + n, seconds=25.0, teacher=[75.0]) for n in range(3)]
+    records += [record("gpd", n, 72.0 + n, seconds=25.0, teacher=[75.0]) for n in reversed(range(3))]
+    records += [record("longer", n, 80.0) for n in range(2)] + [record("finetune", n, 79.0 + 2 * n) for n in range(2)]
     records += [record("gpd", 0, 99.0, tuning=True, rate=0.4), record("gpd", 0, 98.0, tuning=True, rate=0.2)]
     records.append({"arm": "gpd", "seed": 0, "rate": 0.8, "tuning": True, "student": [], "error": "the loss is nan"})
-    text = markdown(records)
-    assert "| student alone | 0.1 | 3 | 71.00 ± 1.00 |  |  | 10 s, 1.00x |" in text
-    assert "| GPD, no static teacher | 0.1 | 3 | 73.00 ± 1.00 | +2.00 ± 0.00 | 75.00 ± 0.00 | 25 s, 2.50x |" in text
+    text = markdown(COLUMNS, rows_of(records))
+    assert "| student alone | 0.1 | 3 | 71.00 ± 1.00 |  |  |  |  |  | 10 s, 1.00x |" in text
+    ours = "| 73.00 ± 1.00 | +2.00 ± 0.00 | student alone | 3 of 3 | 75.00 ± 0.00 | +2.00 ± 1.00 | 25 s, 2.50x |"
+    assert f"| GPD, no static teacher | 0.1 | 3 {ours}" in text
+    assert "| +0.00 ± 1.41 | trained again, alone | 1 of 2 |" in text
+    assert rates_of(records) == (["arm", "0.2", "0.4", "0.8"], [[ARMS["gpd"].title, "98.00", "99.00", "diverged"]])
     assert best_rate(records, "gpd") == 0.4
     with pytest.raises(SystemExit, match="alone diverged at every learning rate"):
         best_rate([{**records[-1], "arm": "alone"}], "alone")
+    draw(records, list(ARMS), tmp_path / "curves.svg")
+    assert ARMS["longer"].title in (tmp_path / "curves.svg").read_text()
+
+
+def test_the_page_holds_what_the_runs_gave() -> None:
+    page, records = PAGE.read_text(encoding="utf-8"), read(KEPT)
+    assert renewed(page, records) == page
+    more = renewed(page, [record("gpd", 0, 99.0), record("gpd-4", 0, 98.0)])
+    assert "| GPD, no static teacher | 0.1 | 1 | 99.00 |" in more
+    assert "cifar-ablation.svg" in more
+    assert "cifar.svg" not in more
+    with pytest.raises(SystemExit, match="has no line"):
+        renewed("nothing", records)

@@ -21,8 +21,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.cifar.arms import ABLATION, ARMS, MAIN
+from bench.cifar.arms import ABLATION, ARMS, LOSSES, MAIN
 from bench.cifar.data import load
+from bench.cifar.page import KEPT, write
 from bench.cifar.show import show
 from bench.cifar.train import STATIC_BLOCKS, Setting, train, trained
 from bench.progress import progress_bar
@@ -80,9 +81,9 @@ def one(
 def run(
     data: Data,
     folder: Folder = Path("cifar"),
-    arms: Annotated[str, typer.Option(help=f"Names, separated by commas: {', '.join(ARMS)}; or main, ablation.")] = (
-        "main"
-    ),
+    arms: Annotated[
+        str, typer.Option(help=f"Names, separated by commas: {', '.join(ARMS)}; or main, ablation, losses.")
+    ] = "main",
     rates: Annotated[str, typer.Option(help="The grid of peak learning rates.")] = "0.1,0.2,0.4,0.8",
     seeds: Annotated[int, typer.Option(help="Runs at the best rate.")] = 5,
     jobs: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = os.cpu_count() or 1,
@@ -96,7 +97,7 @@ def run(
     load(data, folder / "images.npz")
     log = folder / "runs.jsonl"
     grid = [float(rate) for rate in rates.split(",")]
-    names = list({"main": MAIN, "ablation": ABLATION}.get(arms) or arms.split(","))
+    names = list({"main": MAIN, "ablation": ABLATION, "losses": LOSSES}.get(arms) or arms.split(","))
     options = [f"--data={data}", f"--folder={folder}", f"--width={width}", f"--blocks={blocks}"]
     options += [f"--epochs={epochs}", f"--images={images}"]
 
@@ -126,6 +127,14 @@ def run(
             shutil.copy(_tuned(folder, best["alone"]), trained(Setting(folder=folder), TUNING_SEED))
         work("seeds", [(name, best[name], seed, False) for seed in range(seeds) for name in group])
     show(read(log), folder)
+
+
+@app.command()
+def page(folder: Annotated[Path | None, typer.Option(help="Take over its runs first.")] = None) -> None:
+    """Make the tables and pictures of docs/cifar.md from bench/results/cifar.jsonl."""
+    if folder is not None:
+        shutil.copy(folder / "runs.jsonl", KEPT)
+    write(read(KEPT))
 
 
 @app.command(name="show")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,8 @@ class Arm:
         start: "scratch", or "trained": from a student that was trained alone.
         shared: whether teacher and student share their parameters; if not, the teacher is a network beside it.
         equal: whether all copies of a channel have the same share of it.
+        against: the arm that this one is compared with, seed by seed; empty: none.
+        loss: what `GPDLoss` takes otherwise than by default.
     """
 
     title: str
@@ -25,16 +29,18 @@ class Arm:
     start: str = "scratch"
     shared: bool = True
     equal: bool = False
+    against: str = "alone"
+    loss: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 MAIN = {
-    "alone": Arm("student alone"),
+    "alone": Arm("student alone", against=""),
     "kd": Arm("KD from a static teacher", static="kd"),
     "dkd": Arm("DKD from a static teacher", static="dkd"),
     "gpd": Arm("GPD, no static teacher", 2.0),
-    "dkd-gpd": Arm("DKD and GPD", 2.0, static="dkd"),
+    "dkd-gpd": Arm("DKD and GPD", 2.0, static="dkd", against="dkd"),
     "longer": Arm("trained again, alone", start="trained"),
-    "finetune": Arm("trained again, with GPD", 2.0, start="trained"),
+    "finetune": Arm("trained again, with GPD", 2.0, start="trained", against="longer"),
 }
 ABLATION = {
     "gpd-1.5": Arm("GPD, ratio 1.5", 1.5),
@@ -44,4 +50,8 @@ ABLATION = {
     "gpd-equal": Arm("GPD, equal alpha", 2.0, equal=True),
     "gpd-apart": Arm("GPD, nothing shared", 2.0, shared=False),
 }
-ARMS = MAIN | ABLATION
+LOSSES = {
+    "gpd-light": Arm("GPD, distillation weight 1", 2.0, loss={"distill_weight": 1.0}),
+    "gpd-hot": Arm("GPD, temperature 4, no smoothing", 2.0, loss={"temperature": 4.0, "smoothing": 0.0}),
+}
+ARMS = MAIN | ABLATION | LOSSES

@@ -128,7 +128,7 @@ def _objective(arm: Arm) -> Callable[[dict[str, Tensor], Tensor, Tensor | None],
     def static(logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
         return dkd(logits, wanted, labels) if arm.static == "dkd" else kd(logits, wanted, TEMPERATURE)
 
-    criterion = gpd_fx.GPDLoss(static=static)
+    criterion = gpd_fx.GPDLoss(static=static, **arm.loss)
 
     def loss(logits: dict[str, Tensor], labels: Tensor, wanted: Tensor | None) -> Tensor:
         if "teacher" in logits:

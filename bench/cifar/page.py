@@ -1,0 +1,56 @@
+"""The tables of docs/cifar.md, from the runs that are kept in `bench/results`: `python -m bench.cifar page`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.cifar.arms import ABLATION, LOSSES, MAIN
+from bench.cifar.show import draw
+from bench.cifar.tables import COLUMNS, Records, markdown, rates_of, rows_of
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "cifar.md"
+KEPT = ROOT / "bench" / "results" / "cifar.jsonl"
+BEGIN, END = "<!-- made by `python -m bench.cifar page`: begin -->", "<!-- end -->"
+GROUPS = {
+    "cifar": ["alone", "gpd", *(name for name in MAIN if name not in ("alone", "gpd"))],
+    "cifar-ablation": ["alone", "gpd", *ABLATION, *LOSSES],
+}
+"""The pictures, and the arms that each shows beside a table of them."""
+
+
+def render(records: Records) -> str:
+    """The text between the markers."""
+    parts: list[str] = []
+    for picture, names in _shown(records).items():
+        parts += [markdown(COLUMNS, rows_of(records, names)), f"![accuracies and gaps]({picture}.svg)\n"]
+    parts.append("Accuracy on held-out images, by peak learning rate:\n")
+    parts.append(markdown(*rates_of(records)))
+    hours = sum(r["wall"] for r in records if "wall" in r) / 3600
+    parts.append(f"{len(records)} runs took {hours:.1f} hours of one thread.\n")
+    return "\n".join(parts)
+
+
+def _shown(records: Records) -> dict[str, list[str]]:
+    """The groups of which there is more than what they are compared with."""
+    return {picture: names for picture, names in GROUPS.items() if rows_of(records, names[2:])}
+
+
+def renewed(page: str, records: Records) -> str:
+    """The page with the text between its markers made anew.
+
+    Raises:
+        SystemExit: the page has no markers.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{PAGE} has no line {BEGIN!r} with a later {END!r}")
+    return f"{before}{begin}\n{render(records)}{end}{after}"
+
+
+def write(records: Records) -> None:
+    """Renew the page and its pictures."""
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), records), encoding="utf-8")
+    for picture, names in _shown(records).items():
+        draw(records, names, PAGE.with_name(f"{picture}.svg"))

@@ -1,0 +1,72 @@
+"""The tables of the runs: accuracies by arm, and what each learning rate gave on the held-out images."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.cifar.arms import ARMS
+
+COLUMNS = ("arm", "rate", "runs", "student", "gain", "over", "seeds ahead", "dynamic teacher", "ahead by", "cost")
+Records = Sequence[dict[str, Any]]
+
+
+def finals(records: Records, name: str) -> Records:
+    """The runs of an arm at its best rate, in the order of their seeds; those that diverged are left out."""
+    found = [r for r in records if r["arm"] == name and not r["tuning"] and r["student"]]
+    return sorted(found, key=lambda r: r["seed"])
+
+
+def rows_of(records: Records, names: Iterable[str] = ARMS) -> list[list[str]]:
+    """One row an arm: accuracies of the last epoch, mean and standard deviation over seeds; the cost of a run."""
+    alone = finals(records, "alone")
+    cost = statistics.mean(r["seconds"] for r in alone) if alone else None
+    rows: list[list[str]] = []
+    for name in names:
+        found, arm = finals(records, name), ARMS[name]
+        if not found:
+            continue
+        other = {r["seed"]: r["folded"] for r in finals(records, arm.against)}
+        gains = [r["folded"] - other[r["seed"]] for r in found if r["seed"] in other]
+        teachers = [r["teacher"][-1] for r in found if r["teacher"]]
+        ahead = [r["teacher"][-1] - r["student"][-1] for r in found if r["teacher"]]
+        seconds = statistics.mean(r["seconds"] for r in found)
+        rows.append(
+            [
+                arm.title,
+                f"{found[0]['rate']:g}",
+                str(len(found)),
+                spread([r["folded"] for r in found]),
+                spread(gains, "+") if gains else "",
+                ARMS[arm.against].title if gains else "",
+                f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else "",
+                spread(teachers) if teachers else "",
+                spread(ahead, "+") if ahead else "",
+                f"{seconds:.0f} s" + (f", {seconds / cost:.2f}x" if cost else ""),
+            ]
+        )
+    return rows
+
+
+def rates_of(records: Records) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the accuracies on held-out images, an arm a row and a learning rate a column."""
+    tuned = [r for r in records if r["tuning"]]
+    rates = sorted({r["rate"] for r in tuned})
+    rows: list[list[str]] = []
+    for name, arm in ARMS.items():
+        mine = {r["rate"]: f"{r['student'][-1]:.2f}" if r["student"] else "diverged" for r in tuned if r["arm"] == name}
+        if mine:
+            rows.append([arm.title, *(mine.get(rate, "") for rate in rates)])
+    return ["arm", *(f"{rate:g}" for rate in rates)], rows
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation."""
+    text = f"{statistics.mean(values):{sign}.2f}"
+    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a page."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
