@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from gpd_fx.errors import ArgumentError
+from gpd_fx.extras import need
 
 TRAIN: Final = 600  # few on purpose: with all the images every network is right, and there is nothing to compare
 VALIDATION: Final = 600  # many, so that neither arm gets the wrong learning rate by chance
@@ -64,18 +64,12 @@ def load_digits() -> Digits:
     Raises:
         ArgumentError: scikit-learn is missing.
     """
-    try:
-        from sklearn import datasets
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ArgumentError(
-            f"the demo needs scikit-learn, which cannot be imported ({error}); install it with "
-            "pip install 'gpd_fx[demo]'"
-        ) from error
+    datasets, selection = (need(f"sklearn.{part}", "the demo", "demo") for part in ("datasets", "model_selection"))
     data: Any = datasets.load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.as_tensor(data.target, dtype=torch.int64)
     rows = list(range(len(labels)))
-    train, rest = train_test_split(rows, train_size=TRAIN, stratify=data.target, random_state=0)
-    validation, test = train_test_split(rest, train_size=VALIDATION, stratify=data.target[rest], random_state=0)
+    train, rest = selection.train_test_split(rows, train_size=TRAIN, stratify=data.target, random_state=0)
+    labelled = data.target[rest]
+    validation, test = selection.train_test_split(rest, train_size=VALIDATION, stratify=labelled, random_state=0)
     return Digits(*(TensorDataset(images[part], labels[part]) for part in (train, validation, test)))

@@ -356,9 +356,8 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path: Path, mon
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.ModuleType("torch.utils.tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", module)
-    recorder = Recorder(tmp_path, 2)
-    recorder.write({"update": 3, "learning_rate": 0.1, "losses": {"total": 2.0}})
-    recorder.close()
+    with Recorder(tmp_path, 2) as recorder:
+        recorder.write({"update": 3, "learning_rate": 0.1, "losses": {"total": 2.0}})
     assert seen == [("learning_rate", 0.1, 3), ("losses/total", 2.0, 3)]
 
 

@@ -19,6 +19,7 @@ from gpd_fx.distill.metrics import read_metrics
 from gpd_fx.distill.randomness import permutation
 from gpd_fx.distill.setup import make_accelerator
 from gpd_fx.distill.syncbn import SyncedBatchNorm
+from gpd_fx.distill.watch import Watcher
 from gpd_fx.errors import ArgumentError
 from gpd_fx.teacher import DynamicTeacher
 from tests.distill_data import CLASSES, Net, config, tensors
@@ -42,14 +43,12 @@ def data() -> Images:
     return Images(tensors(16, 0, torch.float64), test, CLASSES, (3, 6, 6))
 
 
-def trained(model: nn.Module, folder: Path, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trained(model: nn.Module, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradients of the last of two updates, and the state afterwards."""
     setup = config(
         **{"epochs": 1, "batch_size": 8, "learning_rate": 0.1, "optimizer": "momentum", **options}
     ).complete()
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    engine = Engine(setup, model, data(), None, folder, make_accelerator(setup), Console(file=io.StringIO()))
-    engine.run(None)
+    Engine(setup, model, data(), None, make_accelerator(setup)).run(Watcher())
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, gradient in gradients.items() if gradient is None]
     assert not missing, f"unused: {missing}"
@@ -61,7 +60,7 @@ def compare(folder: Path, norm: bool) -> None:
     loaded = torch.load(folder / "one.pt")
     again = dynamic(norm)
     again.load_state_dict(loaded["start"])
-    theirs = trained(again, folder / "two", sync_batch_norm=norm)
+    theirs = trained(again, sync_batch_norm=norm)
     for mine, other in zip((loaded["gradients"], loaded["state"]), theirs, strict=True):
         assert mine.keys() == other.keys()
         for name, value in mine.items():
@@ -72,7 +71,7 @@ def compare(folder: Path, norm: bool) -> None:
 def test_two_processes_train_as_one(norm: bool, tmp_path: Path) -> None:
     model = dynamic(norm)
     start = {key: value.clone() for key, value in model.state_dict().items()}
-    gradients, state = trained(model, tmp_path / "one")
+    gradients, state = trained(model)
     torch.save({"start": start, "gradients": gradients, "state": state}, tmp_path / "one.pt")
     distributed(tmp_path, compare, tmp_path, norm)
 
@@ -82,10 +81,8 @@ def update_once(folder: Path) -> None:
     again = dynamic(True)
     again.load_state_dict(loaded["start"])
     setup = config(epochs=1, batch_size=8, ema_decay=0.0).complete()
-    (folder / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
-    accelerator = make_accelerator(setup)
-    engine = Engine(setup, again, data(), None, folder / "run", accelerator, Console(file=io.StringIO()))
-    engine.wrapped.train()
+    engine = Engine(setup, again, data(), None, make_accelerator(setup))
+    engine.learner.wrapped.train()
     engine.update(*next(iter(engine.training_batches(0, 0))))
     for name, parameter in again.named_parameters():
         torch.testing.assert_close(parameter.grad, loaded["gradients"][name], rtol=1e-9, atol=1e-12)
@@ -198,10 +195,10 @@ def test_a_whole_run_of_two_processes(tmp_path: Path) -> None:
         assert second["test_loss"] == pytest.approx(first["test_loss"], rel=1e-5)
 
 
-def odd_batch(folder: Path) -> None:
+def odd_batch() -> None:
     with pytest.raises(ArgumentError, match="batch_size 7 must be a multiple of the 2 processes"):
-        trained(dynamic(False), folder / "two", batch_size=7)
+        trained(dynamic(False), batch_size=7)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    distributed(tmp_path, odd_batch, tmp_path)
+    distributed(tmp_path, odd_batch)

@@ -17,11 +17,11 @@ import gpd_fx
 from bench.cifar.arms import Arm
 from bench.cifar.data import Images, batches, prepare
 from bench.cifar.model import ResNet
+from bench.cifar.schedule import Schedule, decay_groups
 from gpd_fx.expansion import make_draft, make_teacher, study_model
 from gpd_fx.losses import dkd, kd
 from gpd_fx.models import load_weights
 from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.train import Schedule, decay_groups
 
 TEMPERATURE = 4.0  # of KD from a static teacher, as is usual for it
 STATIC_BLOCKS = 2  # in each stage of the static teacher, which is twice as wide as the student

@@ -1,7 +1,10 @@
-"""The trainer behind `gpd-fx distill`."""
+"""The trainer: `gpd-fx distill`, and the same from Python."""
 
 from gpd_fx.distill.config import DistillConfig as DistillConfig
 from gpd_fx.distill.config import load_config as load_config
 from gpd_fx.distill.data import Images as Images
+from gpd_fx.distill.evaluation import Score as Score
+from gpd_fx.distill.in_place import fit as fit
 from gpd_fx.distill.run import Results as Results
 from gpd_fx.distill.run import distill as distill
+from gpd_fx.distill.watch import Epoch as Epoch

@@ -29,7 +29,8 @@ class DistillConfig:
     """The options of `gpd-fx distill`. Defaults are those of the method for convolutional networks on ImageNet.
 
     Attributes:
-        student: the model, as `torchvision:NAME`, `timm:NAME` or `package.module:factory`, with options after commas.
+        student: the model, as `torchvision:NAME`, `timm:NAME` or `package.module:factory`, with options after commas;
+            where the model itself is given, a title.
         data: folder with `train` and `val` (or `valid`, `validation`, `test`) of one folder a class; the root of
             `dataset` where that is given.
         dataset: name of a data set that timm reads, such as `torch/cifar10` or `hfds/NAME`; empty: image folders.
@@ -55,6 +56,7 @@ class DistillConfig:
         label_smoothing: of the task loss.
         epochs: passes over the training images.
         batch_size: images in an update, over all processes together.
+        test_batch_size: images that are evaluated at once; as many as in an update where None.
         optimizer: name of one of timm's optimizers.
         learning_rate: its highest value.
         momentum: of optimizers that have one.
@@ -84,7 +86,7 @@ class DistillConfig:
         onnx: export the student at the end.
     """
 
-    student: str
+    student: str = ""
     data: str | None = None
     dataset: str = ""
     download: bool = False
@@ -108,6 +110,7 @@ class DistillConfig:
     label_smoothing: float = 0.0
     epochs: int | None = None
     batch_size: int = 512
+    test_batch_size: int | None = None
     optimizer: str | None = None
     learning_rate: float | None = None
     momentum: float = 0.9
@@ -241,7 +244,7 @@ def _known(kind: str, name: str, names: tuple[str, ...] | list[str]) -> None:
 
 
 _BOUNDS: Final[tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...]] = (
-    (("epochs", "batch_size", "evaluate_every", "keep"), "1 or more", lambda value: value >= 1),
+    (("epochs", "batch_size", "test_batch_size", "evaluate_every", "keep"), "1 or more", lambda value: value >= 1),
     (("learning_rate", "temperature", "clip_grad"), "a finite number above 0", lambda value: value > 0),
     (
         (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.randomness import derive, permutation, restored, set_all
@@ -160,6 +160,19 @@ class Keyed(Dataset[Any]):
         return self.__getitems__([key])[0]
 
 
+class KeyedTensors(Dataset[Any]):
+    """The same of tensors, of which nothing is drawn: a batch is cut out of them in one piece."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Tensor]:
+        return list(self.dataset[[number for _, number in keys]])
+
+    def __getitem__(self, key: Key) -> Any:
+        return self.dataset[key[1]]
+
+
 @dataclass(frozen=True)
 class Order(Sampler[list[Key]]):
     """The batches of an epoch for one of several processes, from some update on.
@@ -195,8 +208,7 @@ class Order(Sampler[list[Key]]):
 
 def training_batches(dataset: Dataset[Any], order: Order, workers: int, pin: bool) -> DataLoader[Any]:
     """The rest of an epoch; a last batch that is not full is left out."""
-    keyed = Keyed(dataset, order.seed)
-    return DataLoader(keyed, batch_sampler=order, num_workers=workers, pin_memory=pin, collate_fn=default_collate)
+    return _loader(dataset, order, order.seed, workers, pin)
 
 
 def held_out_batches(
@@ -205,8 +217,18 @@ def held_out_batches(
     """Every image once over all processes."""
     numbers = range(rank, len(cast("Any", dataset)), world)
     keys = [[(0, number) for number in numbers[at : at + batch_size]] for at in range(0, len(numbers), batch_size)]
-    sampler = cast("Sampler[list[Key]]", keys)
-    return DataLoader(Keyed(dataset, 0), batch_sampler=sampler, num_workers=workers, pin_memory=pin)
+    return _loader(dataset, cast("Sampler[list[Key]]", keys), 0, workers, pin)
+
+
+def _loader(dataset: Dataset[Any], batches: Sampler[list[Key]], seed: int, workers: int, pin: bool) -> DataLoader[Any]:
+    if type(dataset) is TensorDataset:  # a class made of it may draw; and no process cuts faster than this one
+        return DataLoader(KeyedTensors(dataset), batch_sampler=batches, pin_memory=pin, collate_fn=_as_it_is)
+    keyed = Keyed(dataset, seed)
+    return DataLoader(keyed, batch_sampler=batches, num_workers=workers, pin_memory=pin, collate_fn=default_collate)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def mixing(config: DistillConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -34,8 +34,10 @@ class Recorder:
                 self._board.add_scalar(name, value, line["update"])
             self._board.flush()
 
-    def close(self) -> None:
-        """Close what is open."""
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._board is not None:
             self._board.close()
 

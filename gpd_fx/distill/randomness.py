@@ -15,8 +15,8 @@ from typing import Final, Literal
 import numpy as np
 import torch
 
-Purpose = Literal["order", "image", "update", "measure"]
-_PURPOSES: Final[dict[Purpose, int]] = {"order": 0, "image": 1, "update": 2, "measure": 3}
+Purpose = Literal["order", "image", "update", "start"]
+_PURPOSES: Final[dict[Purpose, int]] = {"order": 0, "image": 1, "update": 2, "start": 3}
 
 
 def derive(seed: int, purpose: Purpose, *position: int) -> int:

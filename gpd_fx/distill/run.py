@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from gpd_fx.checkpoint import save
+from gpd_fx.distill.checks import check_model, example_images
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.data import Images, Order, load_images, training_batches
 from gpd_fx.distill.engine import Engine
@@ -23,12 +24,12 @@ from gpd_fx.distill.metrics import Recorder, new_run, plot_metrics, read_metrics
 from gpd_fx.distill.randomness import set_all
 from gpd_fx.distill.setup import make_accelerator
 from gpd_fx.distill.state import checkpoints
-from gpd_fx.distill.static import OnnxTeacher, StaticTeacher, load_static
-from gpd_fx.errors import ArgumentError
+from gpd_fx.distill.static import OnnxTeacher, given_static
+from gpd_fx.distill.store import Store
+from gpd_fx.distill.watch import Bar, Reporter, Watcher
 from gpd_fx.expansion import expand
 from gpd_fx.export import export_onnx
 from gpd_fx.files import write_text
-from gpd_fx.losses import select_logits
 from gpd_fx.models import load_weights, resolve, save_weights
 from gpd_fx.passes.fold import fold
 from gpd_fx.teacher import DynamicTeacher
@@ -110,30 +111,24 @@ def distill(
     if config.student_weights is not None and student is None:
         load_weights(plain, config.student_weights)
     data = load_images(config, plain) if images is None else images
-    example = (torch.randn(2, *data.input_size),)
-    _check_classes(config, plain, example, data.classes)
-    taught = StaticTeacher(static, compiled=config.static_compile) if static is not None else load_static(config)
-    if taught is None and config.features:
-        raise ArgumentError("features are compared with those of a static teacher; name one (static_teacher)")
-    if taught is not None:
-        _check_static(taught, example, data.classes)
+    example = (example_images(plain, data.input_size),)
+    check_model(plain, config.student, example[0], data.classes)
+    taught = given_static(config, static, example[0], data.classes)
     again = resume and bool(checkpoints(folder / "checkpoints"))
     model = copy.deepcopy(plain).train() if config.alone else _widen(config, plain, example, verify=not again)
     if main:
         config.save(folder / "config.yaml")
         if isinstance(model, DynamicTeacher):
             write_text(folder / "report.txt", f"{model.report()}\n")
-    engine = Engine(config, model, data, taught, folder, accelerator, shown)
+    engine = Engine(config, model, data, taught, accelerator, Store.of(folder, config, model))
     if resume:
         engine.resume()
     _introduce(config, engine, shown)
-    recorder = Recorder(folder, engine.position.update) if main else None
-    try:
-        engine.run(recorder)
-        return _finish(engine, folder, example, shown)
-    finally:
-        if recorder is not None:
-            recorder.close()
+    if main:
+        _run_shown(engine, folder, shown)
+    else:
+        engine.run(Watcher())
+    return _finish(engine, folder, example, shown)
 
 
 def _widen(config: DistillConfig, student: nn.Module, example: tuple[Tensor, ...], verify: bool) -> DynamicTeacher:
@@ -148,46 +143,18 @@ def _widen(config: DistillConfig, student: nn.Module, example: tuple[Tensor, ...
     )
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, example: tuple[Tensor, ...]) -> Tensor:
-    training = model.training
-    try:
-        return select_logits(model.eval()(*example))
-    finally:
-        model.train(training)
-
-
-def _check_classes(config: DistillConfig, student: nn.Module, example: tuple[Tensor, ...], classes: int) -> None:
-    try:
-        shape = _logits(student, example).shape
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"student {config.student!r} does not take images of {list(example[0].shape[1:])}: {error}; give "
-            "input_size, or options of the model"
-        ) from error
-    if len(shape) != 2 or shape[1] != classes:
-        raise ArgumentError(
-            f"student {config.student!r} gives {list(shape[1:])} values an image, the data have {classes} classes; "
-            f"give the model an option, as in {config.student.partition(',')[0]},num_classes={classes}"
-        )
-
-
-def _check_static(static: StaticTeacher, example: tuple[Tensor, ...], classes: int) -> None:
-    try:
-        shape = static(example[0]).shape
-    except Exception as error:
-        raise ArgumentError(
-            f"the static teacher does not take images of {list(example[0].shape[1:])}: {type(error).__name__}: {error}"
-        ) from error
-    if len(shape) != 2 or shape[1] != classes:
-        raise ArgumentError(
-            f"the static teacher gives {list(shape[1:])} values an image, the data have {classes} classes; it must "
-            "have been trained on the same ones"
-        )
+def _run_shown(engine: Engine, folder: Path, console: Console) -> None:
+    """Train on the main process: with a bar, lines on the console, and metrics."""
+    done, total = engine.position.update, engine.epochs * engine.updates
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+    with Recorder(folder, done) as recorder, progress:
+        bar = Bar(progress, "updates", done, total)
+        engine.run(Reporter(bar, recorder, console, engine.config.log_every, engine.epochs))
 
 
 def _introduce(config: DistillConfig, engine: Engine, console: Console) -> None:
-    model, at = engine.model, engine.position
+    model, at = engine.learner.model, engine.position
     if isinstance(model, DynamicTeacher):
         report = model.report()
         console.print(
@@ -195,8 +162,8 @@ def _introduce(config: DistillConfig, engine: Engine, console: Console) -> None:
             f"{report.coverage:.4f}",
             highlight=False,
         )
-    if engine.unused:
-        names = [name.removeprefix("model.") for name in engine.unused]
+    if engine.learner.unused:
+        names = [name.removeprefix("model.") for name in engine.learner.unused]
         listed = ", ".join(names if len(names) < 6 else [*names[:5], "..."])
         console.print(
             f"note: no output depends on {len(names)} parameters, which stay as they are: {listed}", highlight=False
@@ -219,11 +186,11 @@ def _introduce(config: DistillConfig, engine: Engine, console: Console) -> None:
 def _finish(engine: Engine, folder: Path, example: tuple[Tensor, ...], console: Console) -> Results:
     """Evaluate everything, and write what the run made."""
     config, main = engine.config, engine.accelerator.is_main_process
-    engine.accelerator.unwrap_model(engine.wrapped, keep_fp32_wrapper=False)
-    engine.trainee.remove_taps()
+    model, ema = engine.learner.model, engine.learner.ema
+    engine.learner.release()
     scores = engine.evaluate()
-    sizes = {name: _size(engine.model) if name.startswith("teacher") else 0 for name in scores}
-    student = _plain(engine.model)
+    sizes = {name: _size(model) if name.startswith("teacher") else 0 for name in scores}
+    student = _plain(model)
     if main and config.recalibrate:
         save_weights(student, folder / "student_before_recalibration.safetensors")
     if config.recalibrate:
@@ -236,10 +203,10 @@ def _finish(engine: Engine, folder: Path, example: tuple[Tensor, ...], console: 
     onnx: dict[str, Any] = {}
     if main:
         save_weights(student, folder / "student.safetensors")
-        if isinstance(engine.model, DynamicTeacher):
-            save(engine.model, folder / "teacher.safetensors")
-        if engine.ema is not None:
-            save_weights(_plain(engine.ema.module), folder / "student_ema.safetensors")
+        if isinstance(model, DynamicTeacher):
+            save(model, folder / "teacher.safetensors")
+        if ema is not None:
+            save_weights(_plain(ema.module), folder / "student_ema.safetensors")
         if config.onnx:
             onnx = export_onnx(student, folder / "student.onnx", example).to_dict()
     engine.accelerator.wait_for_everyone()

@@ -115,3 +115,34 @@ def load_static(config: DistillConfig) -> StaticTeacher | None:
     elif spec.partition(":")[0] in ("torchvision", "timm"):
         raise ArgumentError(f"static_teacher {spec!r} would have random weights; name a file of them (static_weights)")
     return StaticTeacher(model, compiled=config.static_compile)
+
+
+def given_static(
+    config: DistillConfig, module: nn.Module | None, example: Tensor, classes: int
+) -> StaticTeacher | None:
+    """The static teacher that is given, or else named; it fits images like the example.
+
+    Raises:
+        ArgumentError: it cannot be made or does not fit, or there is none where features need one.
+        CheckpointError: its weights cannot be loaded.
+    """
+    static = load_static(config) if module is None else StaticTeacher(module, compiled=config.static_compile)
+    if static is not None:
+        _check(static, example, classes)
+    elif config.features:
+        raise ArgumentError("features are compared with those of a static teacher; name one (static_teacher)")
+    return static
+
+
+def _check(static: StaticTeacher, example: Tensor, classes: int) -> None:
+    try:
+        shape = static(example).shape
+    except Exception as error:
+        raise ArgumentError(
+            f"the static teacher does not take images of {list(example.shape[1:])}: {type(error).__name__}: {error}"
+        ) from error
+    if len(shape) != 2 or shape[1] != classes:
+        raise ArgumentError(
+            f"the static teacher gives {list(shape[1:])} values an image, the data have {classes} classes; it must "
+            "have been trained on the same ones"
+        )
