@@ -296,7 +296,8 @@ def test_a_loss_that_is_not_finite_names_update_and_culprit(tmp_path: Path) -> N
     (last,) = checkpoints(tmp_path / "a" / "checkpoints")[-1:]
     assert all(tensor.isfinite().all() for tensor in read_state(last)["trainee"].values())
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Large(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Large(), nn.BatchNorm2d(4), *head)
     for alone, culprit in (
         (True, "in the student is '1' (Large)"),
         (False, "dynamic teacher is aten.log.default of layer '1'"),
