@@ -1,9 +1,9 @@
 """Save a dynamic teacher to one safetensors file, and load it again; nothing is ever unpickled.
 
 The file holds the teacher's state (wide parameters, branches, buffers of both networks). Its metadata holds one JSON
-description: the recipe of `expand`, the student's parameters, the layout of the example inputs, and a digest of the
-plan. `load` expands the given model by the recipe, so that the graphs always come from the code that runs them, and
-refuses where the result is not the network that was saved.
+description: the recipe of `expand` and `grow`, the student's parameters, the layout of the example inputs, and a digest
+of the plan. `load` expands the given model by the recipe, so that the graphs always come from the code that runs them,
+and refuses where the result is not the network that was saved.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from gpd_fx.errors import ArgumentError, CheckpointError
-from gpd_fx.expansion import expand
+from gpd_fx.expansion import draft_by, make_teacher, study_model
 from gpd_fx.files import output_path, publish, staging
 from gpd_fx.flat import draw
 from gpd_fx.layout import ParamPlan
 from gpd_fx.teacher import DynamicTeacher
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2  # since 2 a recipe has the steps in which a teacher grew
 _KEY: Final = "gpd_fx"  # of the description in the file's metadata
 
 
@@ -66,6 +66,7 @@ def save(teacher: DynamicTeacher, path: str | os.PathLike[str]) -> None:
         publish(file, target)
 
 
+@torch.inference_mode(mode=False)  # or the teacher's parameters could not be trained
 def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Sequence[Any] | None = None) -> DynamicTeacher:
     """The dynamic teacher saved at `path`, built anew around `model`, which is not changed.
 
@@ -84,16 +85,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Sequenc
     _compare(description["student"], signature, f"{str(source)!r} was saved from another model: {description['model']}")
     args, kwargs = _examples(description["example"], model, example_inputs, source)
     recipe = description["recipe"]
-    teacher = expand(
-        model,
-        recipe["ratio"],
-        args,
-        example_kwargs=kwargs,
-        branches=recipe["branches"],
-        exclude=recipe["exclude"],
-        seed=recipe["seed"],
-        verify=False,
-    )
+    teacher = make_teacher(draft_by(recipe, study_model(model, args, kwargs)), recipe["branches"], verify=False)
     if plan_digest(teacher.composition.plans) != description["plan"]:
         here = f"gpd_fx {_version()}, torch {torch.__version__}"
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""How far two outputs are apart, and random inputs like given ones."""
+"""How far two outputs are apart, random inputs like given ones, and inputs that differ as little as can be."""
 
 from __future__ import annotations
 
@@ -64,3 +64,9 @@ def random_like(
         return numbers.to(tensor.device, tensor.dtype)
 
     return pytree.tree_map_only(Tensor, draw, example)
+
+
+def nudged(inputs: Any, dtype: torch.dtype) -> Any:
+    """Inputs changed by one unit in the last place of a dtype."""
+    unit = torch.finfo(dtype).eps
+    return pytree.tree_map_only(Tensor, lambda t: t * (1 + unit) if t.is_floating_point() else t, inputs)

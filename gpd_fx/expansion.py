@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +30,8 @@ from gpd_fx.teacher import DynamicTeacher
 from gpd_fx.verify import check_expansion, check_teacher
 
 MODES = ("eval", "train")
+Step: TypeAlias = tuple[Ratio, int]
+"""A ratio and a seed that a teacher had before it grew."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Draft:
     seed: int
     plan: Plan
     graphs: dict[str, fx.GraphModule]
+    grown: tuple[Step, ...] = ()
 
 
 @torch.inference_mode(mode=False)  # or the teacher's parameters could not be trained
@@ -130,10 +133,11 @@ def make_teacher(
     wide_buffers = _wide_buffers(draft)
     drop_parameters(study.skeleton)  # they move, save and count nowhere but in the composition
     recipe = {
-        "ratio": dict(draft.ratio) if isinstance(draft.ratio, Mapping) else float(draft.ratio),
+        "ratio": _plain(draft.ratio),
         "branches": branches if branches is None or isinstance(branches, str) else list(branches),
         "exclude": list(draft.exclude),
         "seed": draft.seed,
+        "grown": [[_plain(ratio), seed] for ratio, seed in draft.grown],
     }
     teacher = DynamicTeacher(
         study.skeleton,
@@ -203,17 +207,35 @@ def study_model(
 
 
 def make_draft(
-    study: Study, ratio: Ratio = 2.0, exclude: Sequence[str] = (), seed: int = 0, *, equal_alpha: bool = False
+    study: Study,
+    ratio: Ratio = 2.0,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    *,
+    equal_alpha: bool = False,
+    grown: Sequence[Step] = (),
 ) -> Draft:
-    """Plan the widening of a studied model, and rewrite its graphs; copies with equal alpha stay equal."""
+    """Plan the widening of a studied model, and rewrite its graphs; copies with equal alpha stay equal.
+
+    `grown` are the steps before this one, the first one first; each stands on the one before.
+    """
 
     def constant(name: str, old: Tensor) -> Tensor | None:
         return None if name in study.analysis.canonical else plan.tensors[name].widen(old)
 
     with torch.device("cpu"):  # whatever the caller's default is, plans lie on the CPU
-        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed, equal_alpha=equal_alpha)
+        base: Plan | None = None
+        for first, its_seed in grown:
+            base = make_plan(study.analysis, first, exclude=exclude, seed=its_seed, base=base)
+        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed, equal_alpha=equal_alpha, base=base)
         graphs = {mode: widen_graph(plan, mode, constant) for mode in MODES}
-    return Draft(study, ratio, tuple(exclude), seed, plan, graphs)
+    return Draft(study, ratio, tuple(exclude), seed, plan, graphs, tuple(grown))
+
+
+def draft_by(recipe: Mapping[str, Any], study: Study) -> Draft:
+    """The draft of the teacher that has this recipe."""
+    grown = [(ratio, seed) for ratio, seed in recipe.get("grown", ())]
+    return make_draft(study, recipe["ratio"], recipe["exclude"], recipe["seed"], grown=grown)
 
 
 def make_report(draft: Draft) -> ExpansionReport:
@@ -227,7 +249,7 @@ def make_report(draft: Draft) -> ExpansionReport:
     frozen = frozen_axes(plan, {name: size for name, size in sizes.items() if name not in plan.tensors})
     return ExpansionReport(
         model=type(study.model).__name__,
-        ratio=dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
+        ratio=_plain(ratio),
         groups=channel_groups(plan),
         frozen=frozen,
         coverage=sum(size for name, size in sizes.items() if is_covered.get(name)) / max(total, 1),
@@ -239,6 +261,11 @@ def make_report(draft: Draft) -> ExpansionReport:
         notes=plan.notes,
         graph=trace(plan, frozen),
     )
+
+
+def _plain(ratio: Ratio) -> float | dict[str, float]:
+    """A ratio as JSON takes it."""
+    return dict(ratio) if isinstance(ratio, Mapping) else float(ratio)
 
 
 def _check_values(model: nn.Module) -> None:

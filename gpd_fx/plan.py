@@ -9,6 +9,10 @@ Candidates are the free atoms of parameters. Then:
 A widened atom of size n holds the N = round(r·n) channels j mod n: originals first. The shares alpha of the copies of
 one channel are unequal, so that copies part in training, and multiples of 2^-8 (finer beyond 64 copies) that sum to
 one, so that they are exact in every floating dtype.
+
+A plan may stand on another one, its base: what had been widened by the base is widened further, and each copy of the
+base divides its share among the copies that are made of it, again in at most 2^8 units that are a power of two. What a
+graph computes is then the same for any values of the base's copies, wherever their shares enter it.
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ from torch import Tensor, fx
 
 from gpd_fx.analysis import Analysis
 from gpd_fx.axes import Atom, Cat, Expr, Reason, atoms, parts, size
+from gpd_fx.errors import ArgumentError
 from gpd_fx.layout import KernelLayout, ParamPlan
-from gpd_fx.ratios import Ratio, choose_ratios
+from gpd_fx.ratios import Ratio, Ratios, choose_ratios
 from gpd_fx.rules.effects import Contract, Extent
 from gpd_fx.rules.site import Value, bind
+from gpd_fx.ties import Ties
 from gpd_fx.weights import weight_layout
-from gpd_fx.widening import Copies, Widening
+from gpd_fx.widening import Copies, Widening, parents
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,7 @@ class Plan:
     absorbed: dict[str, set[tuple[str, str]]]
     held: dict[Atom, Reason]
     notes: tuple[str, ...]
+    base: Plan | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Plan:
         """A plan never changes, so copies of a module share it."""
@@ -53,6 +60,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     seed: int = 0,
     equal_alpha: bool = False,
+    base: Plan | None = None,
 ) -> Plan:
     """Choose copies for every atom that may widen.
 
@@ -63,23 +71,28 @@ def make_plan(
         exclude: parameter-name globs; no axis of a parameter that one matches widens.
         seed: for the unequal shares alpha.
         equal_alpha: give all copies of a channel equal shares (copies then stay equal in training).
+        base: a plan of the same analysis whose copies are copied further; ratios are still those to the model.
 
     Raises:
-        ArgumentError: a ratio below one, not finite or not a number; a glob that matches no parameter.
+        ArgumentError: a ratio below one, not finite or not a number; a glob that matches no parameter; channels that
+            would be fewer than in the base.
     """
     candidates = _candidates(analysis)
     held: dict[Atom, Reason] = {}
     _one_per_product(analysis, candidates, held)
-    ratios = choose_ratios(analysis, candidates, ratio, exclude, held)
+    before = Widening(analysis.solver, {}) if base is None else base.widening
+    ratios = choose_ratios(analysis, candidates, ratio, exclude, held, before)
+    _only_grow(analysis, before, ratios)
     copies: dict[Atom, Copies] = {}
     generator = torch.Generator().manual_seed(seed)
     for atom, value in ratios.of.items():
         gather = torch.arange(round(atom.size * value)) % atom.size
         if len(gather) > atom.size:
-            copies[atom] = Copies(gather, _shares(gather, generator, equal=equal_alpha))
-    widening = Widening(analysis.solver, copies)
+            index = parents(gather, before.gather((atom,)))
+            copies[atom] = Copies(gather, _shares(index, before.alpha((atom,)), generator, equal=equal_alpha))
+    widening = Widening(analysis.solver, copies, None if base is None else base.widening)
     tensors, absorbed = _tensor_plans(analysis, widening)
-    return Plan(analysis, widening, tensors, absorbed, held, tuple(ratios.notes))
+    return Plan(analysis, widening, tensors, absorbed, held, tuple(ratios.notes), base)
 
 
 def _candidates(analysis: Analysis) -> list[Atom]:
@@ -133,18 +146,33 @@ def _one_per_product(analysis: Analysis, candidates: list[Atom], held: dict[Atom
         visit(expr)
 
 
-def _shares(gather: Tensor, generator: torch.Generator, *, equal: bool) -> Tensor:
-    """float64 [N]: a partition of unity over the copies of each channel, in multiples of a power of two."""
-    counts = torch.bincount(gather)
+def _only_grow(analysis: Analysis, before: Widening, ratios: Ratios) -> None:
+    for atom in before.copies:
+        old, new = before.size((atom,)), round(atom.size * ratios.of.get(atom, 1.0))
+        if new < old:
+            raise ArgumentError(
+                f"the channels of {Ties(analysis).name(atom)} would become narrower, {new} instead of {old}; a "
+                "teacher only grows: ask for at least the ratio that they have"
+            )
+
+
+def _shares(index: Tensor, of: Tensor, generator: torch.Generator, *, equal: bool) -> Tensor:
+    """float64 [N]: the shares `of` divided among the copies at `index` of each, in multiples of a power of two.
+
+    The first copies lie at the front.
+    """
+    counts = torch.bincount(index)
     if equal:
-        return 1.0 / counts[gather].double()
-    unit = 2 ** max(8, math.ceil(math.log2(int(counts.max()))) + 2)
-    draw = torch.rand(len(gather), generator=generator, dtype=torch.float64) + 0.5
-    share = draw / torch.zeros(len(counts), dtype=torch.float64).index_add_(0, gather, draw)[gather]
-    whole = (share * unit).floor().clamp_(min=1)
-    first = torch.arange(len(counts))  # the originals take what rounding leaves
-    whole[first] += unit - torch.zeros(len(counts), dtype=torch.float64).index_add_(0, gather, whole)
-    return whole / unit
+        return (of / counts)[index]
+    mantissa, exponent = torch.frexp(of)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # the least power of two that is not below
+    most = float((counts * torch.ldexp(torch.ones_like(of), exponent) / of).max())
+    unit = torch.ldexp(torch.ones_like(of), exponent - max(8, math.ceil(math.log2(most)) + 2))
+    draw = torch.rand(len(index), generator=generator, dtype=torch.float64) + 0.5
+    share = draw / torch.zeros_like(of).index_add_(0, index, draw)[index]
+    whole = (share * (of / unit)[index]).floor().clamp_(min=1)
+    whole[: len(of)] += of / unit - torch.zeros_like(of).index_add_(0, index, whole)  # which rounding left
+    return whole * unit[index]
 
 
 def _tensor_plans(

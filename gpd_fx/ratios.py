@@ -2,7 +2,8 @@
 
 Channels that are added or concatenated into one axis are one atom and have one ratio: the largest that a glob asks of a
 parameter that produces them. Axes that an op takes statistics over need equally many copies of every element: their
-ratios become the same whole number (rounded up); one that holds frozen elements too cannot widen at all.
+ratios become the same whole number (rounded up); one that holds frozen elements too cannot widen at all. What stands on
+a base needs equally many copies of each of the base's copies: a multiple of theirs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gpd_fx.analysis import Analysis
 from gpd_fx.axes import Atom, Expr, Reason, atoms, parts, reasons, size
 from gpd_fx.errors import ArgumentError
 from gpd_fx.ties import Dim, Ties
+from gpd_fx.widening import Widening
 
 Ratio: TypeAlias = float | Mapping[str, float]
 
@@ -51,7 +53,12 @@ def _check_number(value: object, what: str) -> None:
 
 
 def choose_ratios(
-    analysis: Analysis, free: Sequence[Atom], ratio: Ratio, exclude: Sequence[str], held: dict[Atom, Reason]
+    analysis: Analysis,
+    free: Sequence[Atom],
+    ratio: Ratio,
+    exclude: Sequence[str],
+    held: dict[Atom, Reason],
+    base: Widening,
 ) -> Ratios:
     """Give every free atom that is not held its ratio.
 
@@ -61,6 +68,7 @@ def choose_ratios(
         ratio: as `expand` takes it.
         exclude: parameter-name globs; no axis of a parameter that one matches widens.
         held: atoms that stay as they are, and why; it grows.
+        base: copies that there are already.
 
     Raises:
         ArgumentError: a glob that matches no parameter.
@@ -80,7 +88,7 @@ def choose_ratios(
         else:
             result.of[atom] = value
             result.notes += _differences(ties, atom, asked.get(atom, ()))
-    _equalise(analysis, ties, result)
+    _equalise(analysis, ties, base, result)
     for atom, value in list(result.of.items()):
         if round(atom.size * value) == atom.size:
             del result.of[atom]
@@ -232,7 +240,7 @@ def _stays(analysis: Analysis, ties: Ties, name: str, result: Ratios) -> list[st
     return lines
 
 
-def _equalise(analysis: Analysis, ties: Ties, result: Ratios) -> None:
+def _equalise(analysis: Analysis, ties: Ties, base: Widening, result: Ratios) -> None:
     """Meet the equal-multiplicity constraints."""
     ratios = result.of
     constraints = [(parts(analysis.solver.resolve(axis)), reason) for axis, reason in analysis.equal]
@@ -246,7 +254,8 @@ def _equalise(analysis: Analysis, ties: Ties, result: Ratios) -> None:
             if not flat:
                 continue
             widest = max(flat, key=lambda atom: ratios[atom])
-            whole = float(math.ceil(ratios[widest]))
+            step = base.multiplicity((widest,)) or 1  # all have the same, as they met this constraint
+            whole = float(step * math.ceil(ratios[widest] / step))
             if all(members) and all(ratios[atom] == whole for atom in flat):
                 continue
             changed = True
@@ -259,8 +268,9 @@ def _equalise(analysis: Analysis, ties: Ties, result: Ratios) -> None:
                     result.held[atom] = Reason(reason.op, reason.node, text)
                 elif ratios[atom] != whole:
                     beside = f" and those of {ties.name(widest)}, which have ratio {width:g}"
-                    over = "them" + beside * (math.ceil(ratios[atom]) != whole)
-                    why = f"{reason.op} at node {reason.node} takes statistics over {over}: it needs one whole ratio"
+                    over = "them" + beside * (math.ceil(ratios[atom] / step) * step != whole)
+                    one = "whole ratio" if step == 1 else f"ratio, a multiple of the {step} that they have"
+                    why = f"{reason.op} at node {reason.node} takes statistics over {over}: it needs one {one}"
                     raised[atom] = raised[atom][0] if atom in raised else ratios[atom], why
                     ratios[atom] = whole
     for atom, (before, why) in raised.items():

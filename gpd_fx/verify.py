@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from gpd_fx.calls import unchanged
-from gpd_fx.compare import random_like
+from gpd_fx.compare import nudged, random_like
 from gpd_fx.compare import relative_error as relative_error
 from gpd_fx.errors import VerificationError
 from gpd_fx.layout import ParamPlan
@@ -190,7 +190,7 @@ class _Check:
         error = relative_error(expected, self._wide(DOUBLE))
         if error <= TOLERANCE:
             return error
-        conditioning = relative_error(expected, self._plain(DOUBLE, _nudged(self.inputs, DOUBLE)))
+        conditioning = relative_error(expected, self._plain(DOUBLE, nudged(self.inputs, DOUBLE.real)))
         if error <= _CONDITIONING * conditioning:
             return error
         raise self._differs(DOUBLE, error, f"one unit in the last place of the input: {conditioning:.1e}")
@@ -199,7 +199,7 @@ class _Check:
         """Compare in float32, both with the capture's result in float64; returns the wide graph's relative error."""
         exact = self._plain(DOUBLE, pytree.tree_map_only(Tensor, DOUBLE.exact, self.inputs))
         own = relative_error(exact, self._plain(SINGLE, self.inputs))
-        own = max(own, relative_error(exact, self._plain(SINGLE, _nudged(self.inputs, SINGLE))))
+        own = max(own, relative_error(exact, self._plain(SINGLE, nudged(self.inputs, SINGLE.real))))
         error = relative_error(exact, self._wide(SINGLE))
         if error <= max(_ROOM * own, _FEW * SINGLE.unit):
             return error
@@ -232,11 +232,6 @@ class _Check:
         copies |= _constants(wide, copies, precision)
         tolerance = TOLERANCE if precision is DOUBLE else 1e-4
         return first_difference(self.plan, self.mode, plain, wide, tensors, copies, self.inputs, tolerance)
-
-
-def _nudged(inputs: Any, precision: Precision) -> Any:
-    """Inputs changed by one unit in the last place."""
-    return pytree.tree_map_only(Tensor, lambda t: t * (1 + precision.unit) if t.is_floating_point() else t, inputs)
 
 
 def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Generator, precision: Precision) -> float:

@@ -2,6 +2,9 @@
 
 `Copies` says so for one atom: alpha is the share with which a copy enters a contraction. `Widening` extends both to
 axis expressions: to products, whose copies multiply, and to concatenations, whose copies follow each other.
+
+A widening may stand on another one, its base, that has been trained: copies are then made of the base's copies, whose
+values differ by now, and divide their shares. The r-th copy of a channel is made of copy r mod m, where the base has m.
 """
 
 from __future__ import annotations
@@ -29,12 +32,32 @@ class Copies:
         return int(counts[0]) if bool((counts == counts[0]).all()) else None
 
 
-class Widening:
-    """The chosen copies of every widened atom, extended to expressions."""
+def parents(gather: Tensor, base: Tensor) -> Tensor:
+    """int64 `[wide size]`: the place in the base of the copy that each copy is made of.
 
-    def __init__(self, solver: AxisSolver, copies: dict[Atom, Copies]) -> None:
+    Both arguments give the channel that each place holds; the base has every channel.
+    """
+    counts, _ = _counted(base)
+    places = base.argsort(stable=True)  # by channel, in order
+    return places[(counts.cumsum(0) - counts)[gather] + _counted(gather)[1] % counts[gather]]
+
+
+def _counted(gather: Tensor) -> tuple[Tensor, Tensor]:
+    """How many copies each channel has, and how many of its channel come before each copy."""
+    counts = torch.bincount(gather)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    before = torch.empty_like(gather)
+    before[gather.argsort(stable=True)] = torch.arange(len(gather)) - starts
+    return counts, before
+
+
+class Widening:
+    """The chosen copies of every widened atom, extended to expressions; `base` is what they are copies of, or None."""
+
+    def __init__(self, solver: AxisSolver, copies: dict[Atom, Copies], base: Widening | None = None) -> None:
         self._solver = solver
         self.copies = copies
+        self.base = base
 
     def widens(self, expr: Expr) -> bool:
         """Whether any part of `expr` is widened."""
@@ -93,6 +116,18 @@ class Widening:
                 share = torch.ones(size((factor,)), dtype=torch.float64)
             alpha = (alpha[:, None] * share).flatten()
         return alpha
+
+    def even(self, expr: Expr) -> Tensor:
+        """float64 [wide size]: the shares with which copies enter a sum that no weight enters.
+
+        They are equal where all elements have equally many copies, and alpha otherwise; copies of copies divide theirs
+        equally.
+        """
+        if self.base is None:
+            count = self.multiplicity(expr)
+            return self.alpha(expr) if count is None else torch.full((self.size(expr),), 1 / count, dtype=torch.float64)
+        index = parents(self.gather(expr), self.base.gather(expr))
+        return (self.base.even(expr) / torch.bincount(index))[index]
 
     def multiplicity(self, expr: Expr) -> int | None:
         """Copies of each element where all elements have equally many, else None."""

@@ -164,6 +164,18 @@ def check_step(program: Program, teacher: DynamicTeacher) -> DynamicTeacher:
     return teacher
 
 
+def check_growth(program: Program, teacher: DynamicTeacher, ratio: float) -> None:
+    """A wider teacher computes what a trained one does, in both modes and for the same student."""
+    grown = gpd_fx.grow(teacher, ratio)
+    same_state(gpd_fx.fold(teacher).state_dict(), gpd_fx.fold(grown).state_dict())
+    for training, batch in ((False, 5), (True, 4)):
+        inputs = example(program, batch, batch)
+        twin, rough, wide = (copy.deepcopy(each).train(training) for each in (teacher, teacher, grown))
+        with torch.no_grad():
+            what = f"the grown teacher in {'train' if training else 'eval'} mode"
+            close(twin(*inputs), wide(*inputs), partial(rough, *nudge(inputs)), what)
+
+
 def check_copies(teacher: DynamicTeacher, program: Program) -> None:
     """A deep copy is as good, and a cast works."""
     inputs = example(program, 2, 5)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 import gpd_fx
 from gpd_fx.axes import Expr
@@ -23,8 +23,8 @@ from gpd_fx.rules.effects import Linear
 from gpd_fx.verify import relative_error
 from gpd_fx.widening import Widening
 from tests import test_regressions
-from tests.graph_check import RATIOS, Setting, WrongError, check, nudge
-from tests.graph_laws import check_laws, check_outputs, check_step, close, expand, quiet, same_state
+from tests.graph_check import RATIOS, Setting, WrongError, check, nudge, open_batch
+from tests.graph_laws import check_growth, check_laws, check_outputs, check_step, close, expand, quiet, same_state
 from tests.graph_parts import OPS, WEIGHTS
 from tests.graph_shrink import as_code, shrink
 from tests.graph_trials import draw_trial
@@ -77,6 +77,15 @@ def test_laws_of_saving(tmp_path_factory: pytest.TempPathFactory, program: Progr
         with torch.no_grad():
             for ours, theirs in zip(teacher.both(*inputs), loaded.both(*inputs), strict=True):
                 assert relative_error(ours, theirs) == 0
+
+
+@amount(12)
+@given(_PROGRAMS, st.sampled_from([(2.0, 4.0), (2.0, 3.0), (1.5, 2.0), (1.3, 2.6)]))
+def test_laws_of_growth(program: Program, ratios: tuple[float, float]) -> None:
+    with quiet():
+        teacher = check_step(program, expand(program, ratios[0])[1])
+        if all(open_batch(graph) for graph in teacher.graphs.values() if isinstance(graph, fx.GraphModule)):
+            check_growth(program, teacher, ratios[1])
 
 
 @amount(8)

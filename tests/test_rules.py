@@ -295,9 +295,9 @@ def test_captured_with_a_dynamic_batch(name: str) -> None:
 # The cases notice when something is wrong
 
 
-def ones(gather: Tensor, generator: torch.Generator, *, equal: bool) -> Tensor:
-    del generator, equal
-    return torch.ones(len(gather), dtype=torch.float64)
+def ones(index: Tensor, of: Tensor, generator: torch.Generator, *, equal: bool) -> Tensor:
+    del of, generator, equal
+    return torch.ones(len(index), dtype=torch.float64)
 
 
 def contracts(plan: Plan) -> bool:

@@ -117,7 +117,7 @@ class Pieces:
 class Linear:
     """The op sums (`mean=False`) or averages its operand over `exprs`, or takes their p-norm: keep the value.
 
-    With equal multiplicity m the result is scaled by m**(-1/p), otherwise the operand by alpha**(1/p) beforehand.
+    With the share s for every copy the result is scaled by s**(1/p), otherwise the operand by its shares beforehand.
     """
 
     arg: str
@@ -133,13 +133,12 @@ class Linear:
             if expr is None or not widening.widens(expr):
                 vectors.append(None)
                 continue
-            count = widening.multiplicity(expr)
-            if count is None:
-                share = widening.alpha(expr)
-                vectors.append(share * (len(share) / size(expr)) if self.mean else share ** (1 / self.p))
-            else:
+            share = widening.even(expr)
+            if bool((share == share[0]).all()):
                 vectors.append(None)
-                scale *= 1.0 if self.mean else count ** (-1 / self.p)
+                scale *= 1.0 if self.mean else float(share[0]) ** (1 / self.p)
+            else:
+                vectors.append(share * (len(share) / size(expr)) if self.mean else share ** (1 / self.p))
         rewriter.scale_operand(node, self.arg, vectors)
         rewriter.after(node, aten.mul.Tensor, scale)
 
