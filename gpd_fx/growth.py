@@ -43,8 +43,7 @@ _TOLERANCE = 1e-9
 _CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
 
 
-@torch.inference_mode(mode=False)
-@torch.no_grad()
+@torch.inference_mode(mode=False)  # as in `expand`: what is captured depends on it
 def grow(
     teacher: DynamicTeacher, ratio: Ratio, *, branches: str | Sequence[str] | None = "orepa", seed: int | None = None
 ) -> DynamicTeacher:
@@ -83,13 +82,14 @@ def grow(
     assert base is not None
     _check_plan(teacher, base)
     grown = make_teacher(draft, branches, verify=False)
-    before, after = _exact(teacher), _exact(grown)
-    _fill(after, before, draft.plan, base)
-    _check(before, after, ratio)
-    grown.load_state_dict(after.state_dict())
-    student = teacher.composition.student()
-    for plan, weight in grown.composition.wide_parameters():
-        _set_student(plan, weight, student[plan.name])
+    with torch.no_grad():
+        before, after = _exact(teacher), _exact(grown)
+        for each in (after, grown):
+            _fill(each, before, draft.plan, base)
+        _check(before, after, ratio)
+        student = teacher.composition.student()
+        for plan, weight in grown.composition.wide_parameters():
+            _set_student(plan, weight, student[plan.name])
     return grown
 
 

@@ -73,13 +73,14 @@ class Convolutions(nn.Module):
         self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
         self.squeeze, self.excite = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
         self.norm, self.up = nn.GroupNorm(2, 6), nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.register_buffer("shift", torch.randn(4, 1, 1), persistent=False)
         self.instance, self.last = nn.InstanceNorm2d(4, affine=True), nn.Conv2d(4, 5, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.bn(self.first(x)))
         y = self.depthwise(x)
         y = y * self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
-        y = F.relu6(self.instance(self.up(self.norm(x + y)) * 3))
+        y = F.relu6(self.instance(self.up(self.norm(x + y)) * 3) + self.shift)
         w = self.last.weight
         w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 0.1)
         return F.conv2d(y, w).mean((2, 3))
