@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,28 @@ from torch import Tensor, nn
 from gpd_fx.apart import TOGETHER, ApartKeys, ApartSet, add_products, beside, group_slice, refusal
 from gpd_fx.branches import MAIN, BranchKind, Sizes, find_kind, random_tensor, resolve_branches
 from gpd_fx.errors import ArgumentError
-from gpd_fx.kernels.compose import Layer, Product, Term, compose
+from gpd_fx.kernels.compose import Layer, Network, Part, Product, Recipe, Term, compose
 from gpd_fx.layout import ParamPlan, Slice
 
 
 class Tree(nn.Module):
     """A bare container: dotted names become state-dict keys, and no attribute of ours can clash with one."""
 
+    @staticmethod
+    def gather(places: Sequence[_Place]) -> list[Tensor]:
+        """The tensors at some places; a parameter may have a stand-in, during a `functional_call` or for good."""
+        found = [p.constant if p.tree is None else p.tree._parameters.get(p.name) for p in places]
+        return [t if t is not None else getattr(p.tree, p.name) for t, p in zip(found, places, strict=True)]
 
-def grow(tree: nn.Module, path: Sequence[str]) -> nn.Module:
+
+def grow(tree: Tree, path: Sequence[str]) -> Tree:
     """The container at `path` below `tree`, made where it is missing."""
     for part in path:
         below = dict(tree.named_children()).get(part)
         if below is None:
             below = Tree()
             tree.add_module(part, below)
+        assert isinstance(below, Tree)
         tree = below
     return tree
 
@@ -44,16 +51,35 @@ class _Branch:
     """A branch of one parameter: where its tensors lie, and their names."""
 
     kind: BranchKind
-    tree: nn.Module
+    tree: Tree
     names: tuple[str, ...]
+
+
+class _Place(NamedTuple):
+    """Where a tensor is found each step: a parameter, or else a constant."""
+
+    tree: Tree | None
+    name: str
+    constant: Tensor | None
+
+
+class _Program(NamedTuple):
+    """What a step does: compose this network, of tensors that are found there."""
+
+    network: Network
+    weights: tuple[_Place, ...]
+    operands: tuple[_Place, ...]
 
 
 @dataclass
 class _Slot:
-    """A parameter with its plan; `alpha`, `slices`, `groups` and `fixed` follow the parameter's dtype and device."""
+    """A parameter with its plan; what follows `branches` is made anew for its dtype, device and memory format.
+
+    `parts` and `places` say of each branch what its terms are, and where their tensors are found.
+    """
 
     plan: ParamPlan
-    owner: nn.Module
+    owner: Tree
     leaf: str
     sizes: Sizes | None
     branches: tuple[_Branch, ...]
@@ -61,6 +87,9 @@ class _Slot:
     slices: Sequence[Slice] = ()
     groups: Slice = None
     fixed: tuple[dict[str, Tensor], ...] = ()
+    parts: tuple[tuple[Part, ...], ...] = ()
+    places: tuple[tuple[_Place, ...], ...] = ()
+    last: bool = False
 
     def prepare(self) -> None:
         """Make the constants anew from the plan's, which are exact."""
@@ -75,6 +104,56 @@ class _Slot:
                 {name: t.to(weight.dtype).to(weight.device) for name, t in branch.kind.fixed(sizes).items()}
                 for branch in self.branches
             )
+        self.last = Recipe.of(Layer(weight.detach(), plan.kernel, (), (), (), plan.shape)).last
+        found = [self._states(number) for number in range(len(self.branches))]
+        self.parts = tuple(parts for parts, _ in found)
+        self.places = tuple(places for _, places in found)
+
+    def _states(self, number: int) -> tuple[tuple[Part, ...], tuple[_Place, ...]]:
+        """What the terms of a branch are, and where their tensors are found."""
+        branch = self.branches[number]
+        theta, fixed = self._theta(number), self.fixed[number]
+        known = {id(tensor): _Place(branch.tree, name, None) for name, tensor in theta.items()}
+        known |= {id(tensor): _Place(None, name, tensor.flatten(0, 1)) for name, tensor in fixed.items()}
+        terms = branch.kind.terms(theta.pop("v"), theta | fixed)
+        tensors = [tensor for term in terms for tensor in term.tensors]
+        if any(id(tensor) not in known for tensor in tensors):
+            raise TypeError(
+                f"branch {branch.kind.name!r}: its terms must hold the tensors that it is given, as they are"
+            )
+        return tuple(Part.of(term) for term in terms), tuple(known[id(tensor)] for tensor in tensors)
+
+    def _theta(self, number: int) -> dict[str, Tensor]:
+        """The parameters of a branch with the dimension of groups."""
+        assert self.sizes is not None
+        branch, split = self.branches[number], (self.sizes.groups, -1)
+        return {name: getattr(branch.tree, name).unflatten(0, split) for name in branch.names}
+
+    def recipe(self, apart: ApartSet) -> Recipe:
+        """What is known of the layer before the step."""
+        plan = self.plan
+        parts = [part for number in self._composed(apart) for part in self.parts[number]]
+        return Recipe(
+            plan.wide_shape,
+            plan.kernel,
+            tuple(parts),
+            tuple([alpha is not None for alpha in self.alpha]),
+            tuple([True if isinstance(part, Tensor) else part for part in self.slices]),
+            plan.shape,
+            self.last,
+        )
+
+    def operands(self, apart: ApartSet) -> list[_Place]:
+        """Where its operands are found, in the order in which the operator takes them."""
+        found = [_Place(None, "alpha", alpha) for alpha in self.alpha if alpha is not None]
+        found += [_Place(None, "slice", part) for part in self.slices if isinstance(part, Tensor)]
+        for number in self._composed(apart):
+            found += self.places[number]
+        return found
+
+    def _composed(self, apart: ApartSet) -> list[int]:
+        """Which of its branches do not run apart."""
+        return [n for n, branch in enumerate(self.branches) if (self.plan.name, branch.kind.name) not in apart]
 
     def weight(self) -> Tensor:
         """The parameter itself, or what stands in for it during a `functional_call`."""
@@ -82,18 +161,13 @@ class _Slot:
 
     def terms(self, number: int) -> tuple[Term, ...]:
         """What one of the branches adds."""
-        assert self.sizes is not None
-        branch, split = self.branches[number], (self.sizes.groups, -1)
-        theta: dict[str, Tensor] = {n: getattr(branch.tree, n).unflatten(0, split) for n in branch.names}
-        return branch.kind.terms(theta.pop("v"), {**theta, **self.fixed[number]})
+        theta = self._theta(number)
+        return self.branches[number].kind.terms(theta.pop("v"), theta | self.fixed[number])
 
     def layer(self, apart: ApartSet = TOGETHER) -> Layer:
         """What `compose` takes: the parameter, its terms but those that run apart, and its constants."""
         plan = self.plan
-        terms: list[Term] = []
-        for number, branch in enumerate(self.branches):
-            if (plan.name, branch.kind.name) not in apart:
-                terms += self.terms(number)
+        terms = [term for number in self._composed(apart) for term in self.terms(number)]
         return Layer(self.weight(), plan.kernel, tuple(terms), self.alpha, tuple(self.slices), plan.shape)
 
     def products(self, apart: ApartSet) -> dict[str, Product]:
@@ -130,6 +204,7 @@ class Composition(nn.Module):
         self.skipped: dict[str, dict[str, str]] = {}
         self.weights = Tree()
         self.branches = Tree()
+        self._programs: dict[tuple[ApartSet, bool, bool], _Program] = {}
         kinds = [find_kind(name) for name in resolve_branches(branches) if name != MAIN]
         self._slots = [self._add(plan, tensors, requires_grad, kinds, seed) for plan in plans]
         self.refresh()
@@ -207,9 +282,8 @@ class Composition(nn.Module):
 
         The teacher's lack the branches that are to run apart; what those need lies among them, under `ApartKeys`.
         """
-        layers = [slot.layer(apart) for slot in self._slots]
-        teacher, student = compose(layers)
-        return self._named(teacher) | self._beside(apart), self._whole(layers, student, apart)
+        teacher, student = self._composed(apart, True, True)
+        return self._named(teacher) | self._beside(apart), self._whole(student, apart)
 
     @torch.no_grad()
     def one_by_one(self) -> Iterator[tuple[ParamPlan, Tensor, Tensor]]:
@@ -224,13 +298,22 @@ class Composition(nn.Module):
 
     def teacher(self, apart: ApartSet = TOGETHER) -> dict[str, Tensor]:
         """Only the teacher's tensors, alpha included."""
-        layers = [slot.layer(apart) for slot in self._slots]
-        return self._named(compose(layers, student=False)[0]) | self._beside(apart)
+        return self._named(self._composed(apart, True, False)[0]) | self._beside(apart)
 
     def student(self, apart: ApartSet = TOGETHER) -> dict[str, Tensor]:
         """Only the student's tensors."""
-        layers = [slot.layer(apart) for slot in self._slots]
-        return self._whole(layers, compose(layers, teacher=False)[1], apart)
+        return self._whole(self._composed(apart, False, True)[1], apart)
+
+    def _composed(self, apart: ApartSet, teacher: bool, student: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """As `compose(self.layers())`, with all worked out before that does not change from step to step."""
+        key = (apart, teacher, student)
+        program = self._programs.get(key)
+        if program is None:
+            network = Network.of([slot.recipe(apart) for slot in self._slots], teacher, student)
+            operands = [place for n in network.taken for place in self._slots[n].operands(apart)]
+            weights = [_Place(slot.owner, slot.leaf, None) for slot in self._slots]
+            program = self._programs[key] = _Program(network, tuple(weights), tuple(operands))
+        return program.network(Tree.gather(program.weights), Tree.gather(program.operands))
 
     def _beside(self, apart: ApartSet) -> dict[str, Tensor]:
         """What the branches that run apart need in the teacher."""
@@ -240,13 +323,14 @@ class Composition(nn.Module):
                 found |= beside(term, slot.alpha, ApartKeys.of(slot.plan.name, branch))
         return found
 
-    def _whole(self, layers: Sequence[Layer], narrow: Sequence[Tensor], apart: ApartSet) -> dict[str, Tensor]:
+    def _whole(self, narrow: Sequence[Tensor], apart: ApartSet) -> dict[str, Tensor]:
         """The student's tensors, with the branches that were left out of them."""
         tensors = self._named(narrow)
-        for slot, layer in zip(self._slots, layers, strict=True) if apart else ():
+        for slot in self._slots if apart else ():
             products = list(slot.products(apart).values())
             if products:
-                tensors[slot.plan.name] = add_products(layer, tensors[slot.plan.name], products, slot.groups)
+                whole = add_products(slot.layer(apart), tensors[slot.plan.name], products, slot.groups)
+                tensors[slot.plan.name] = whole
         return tensors
 
     @torch.no_grad()
@@ -265,6 +349,7 @@ class Composition(nn.Module):
 
     def refresh(self) -> None:
         """Bring the constants to the dtype and device of the parameters; done after every move and load."""
+        self._programs.clear()
         with torch.device("cpu"):  # whatever the caller's default is; they then move to their parameter's device
             for slot in self._slots:
                 slot.prepare()

@@ -10,10 +10,13 @@ A layer's kernel, in canonical order (g, o, i, *k), is its weight plus the terms
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from gpd_fx.kernels.grouped import compose_op
+from gpd_fx.kernels.grouped import composed
+from gpd_fx.kernels.recipe import Part as Part
+from gpd_fx.kernels.recipe import Recipe as Recipe
 from gpd_fx.kernels.recipe import encode, flatten
 from gpd_fx.kernels.terms import InputFilter as InputFilter
 from gpd_fx.kernels.terms import Layer as Layer
@@ -24,34 +27,70 @@ from gpd_fx.kernels.terms import Term as Term
 from gpd_fx.kernels.terms import tap as tap
 
 
+@dataclass(frozen=True)
+class Network:
+    """Some layers without their tensors: what is worked out once, and done every step.
+
+    Attributes:
+        recipes: what the operator is told of the layers that it takes.
+        taken: these, by number.
+        wide: for each layer which of the operator's results is the teacher's tensor; None for the weight itself.
+        narrow: likewise the student's.
+        last: which weights have their channels last.
+    """
+
+    recipes: str
+    taken: tuple[int, ...]
+    wide: tuple[int | None, ...]
+    narrow: tuple[int | None, ...]
+    last: tuple[bool, ...]
+
+    @staticmethod
+    def of(recipes: Sequence[Recipe], teacher: bool = True, student: bool = True) -> Network:
+        """What is to be done for layers of which these tensors are asked for."""
+        text: list[str] = []
+        taken: list[int] = []
+        wide: list[int | None] = []
+        narrow: list[int | None] = []
+        made = 0
+        for number, recipe in enumerate(recipes):
+            scaled = any(recipe.alpha)
+            sliced = any(part is not None for part in recipe.slices)
+            merged = len(recipe.terms) > 0
+            same = teacher and not scaled and not sliced
+            first = teacher and (scaled or merged)
+            second = student and not same and (sliced or merged)
+            if first or second:
+                text.append(encode(recipe, first, second))
+                taken.append(number)
+            of_teacher = made if first else None
+            made += first
+            if teacher:
+                wide.append(of_teacher)
+            if student:
+                narrow.append(made if second else of_teacher if same else None)
+            made += second
+        last = tuple([recipe.last for recipe in recipes])
+        return Network("\n".join(text), tuple(taken), tuple(wide), tuple(narrow), last)
+
+    def __call__(self, weights: Sequence[Tensor], operands: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The teacher's and the student's tensors, from all weights and the operands of the layers `taken`."""
+        made = composed([weights[n] for n in self.taken], operands, self.recipes) if self.taken else ()
+        wide = [weights[n] if place is None else made[place] for n, place in enumerate(self.wide)]
+        narrow = [
+            (weights[n] if self.last[n] else weights[n].contiguous()) if place is None else made[place]
+            for n, place in enumerate(self.narrow)
+        ]
+        return wide, narrow
+
+
 def compose(layers: Sequence[Layer], teacher: bool = True, student: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """The teacher's and the student's tensor of every layer; a list that was not asked for is empty.
 
-    The student's tensors are contiguous. A tensor that needs no arithmetic is the weight itself, and where both
-    networks have the same tensor, both lists hold it.
+    The student's tensors are contiguous, or lie as the weights do on a device where these have their channels last. A
+    tensor that needs no arithmetic is the weight itself, and where both networks have the same tensor, both lists hold
+    it.
     """
-    weights: list[Tensor] = []
-    operands: list[Tensor] = []
-    recipes: list[str] = []
-    wanted: list[tuple[bool, bool, bool]] = []
-    for layer in layers:
-        scaled = any(alpha is not None for alpha in layer.alpha)
-        sliced = any(part is not None for part in layer.slices)
-        merged = len(layer.terms) > 0
-        same = teacher and not scaled and not sliced
-        first = teacher and (scaled or merged)
-        second = student and not same and (sliced or merged)
-        wanted.append((first, second, same))
-        if first or second:
-            weights.append(layer.weight)
-            operands += flatten(layer)
-            recipes.append(encode(layer, first, second))
-    made = iter(compose_op(weights, operands, "\n".join(recipes)) if weights else [])
-    wide: list[Tensor] = []
-    narrow: list[Tensor] = []
-    for layer, (first, second, same) in zip(layers, wanted, strict=True):
-        of_teacher = next(made) if first else layer.weight
-        of_student = next(made) if second else of_teacher if same else layer.weight
-        wide += [of_teacher] if teacher else []
-        narrow += [of_student.contiguous()] if student else []
-    return wide, narrow
+    network = Network.of([Recipe.of(layer) for layer in layers], teacher, student)
+    operands = [tensor for n in network.taken for tensor in flatten(layers[n])]
+    return network([layer.weight for layer in layers], operands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Form:
     column_groups: bool = False
 
 
+@functools.lru_cache(maxsize=4096)
 def form_of(recipe: Recipe) -> Form | None:
     """The form of a layer, or None where the tile kernels cannot take it."""
     if math.prod(recipe.wide) > _LARGEST or any(part is True for part in recipe.slices):
@@ -70,18 +72,17 @@ def _active(recipe: Recipe, dim: int) -> bool:
 
 def _known(recipe: Recipe) -> bool:
     """Whether there are no more terms of a kind than the kernels have room for."""
-    codes = [code for code, _ in recipe.terms]
+    codes = [part.kind for part in recipe.terms]
     most = {OUTPUT_FILTER: MOST_FILTERS, INPUT_FILTER: 1, PRODUCT: 1, LINE: MOST_LINES}
     return all(codes.count(code) <= number for code, number in most.items())
 
 
-def strides_of(form: Form, recipe: Recipe, tensor: Tensor) -> tuple[int, int, int, int]:
-    """The strides of group, output, tap and input in a tensor stored like the weight."""
-    strides, sizes = tensor.stride(), tensor.shape
+def strides_of(form: Form, recipe: Recipe) -> tuple[int, int, int, int]:
+    """The strides of group, output, tap and input in a tensor that lies as the weight does."""
+    sizes, strides = recipe.wide, lying(recipe.wide, recipe.last)
     if recipe.is_kernel:
         assert recipe.layout is not None
         taps = tap_stride(strides[2:], sizes[2:])
-        assert taps is not None
         if recipe.layout.transposed:
             return form.inputs * strides[0], strides[1], taps, strides[0]
         return form.outputs * strides[0], strides[0], taps, strides[1]
@@ -94,53 +95,45 @@ def strides_of(form: Form, recipe: Recipe, tensor: Tensor) -> tuple[int, int, in
     return group, row, 1 if column > 1 else form.inputs, column
 
 
-def tap_stride(strides: Sequence[int], sizes: Sequence[int]) -> int | None:
-    """The stride of the kernel axes taken as one; 0 where there is one tap, None where they cannot be."""
-    found, step = 0, 0
-    for stride, size in zip(reversed(strides), reversed(sizes), strict=True):
-        if size == 1:
-            continue
-        if found and stride != step:
-            return None
-        found, step = found or stride, stride * size
-    return found
+def tap_stride(strides: Sequence[int], sizes: Sequence[int]) -> int:
+    """The stride of the kernel axes taken as one; 0 where there is one tap."""
+    return next((stride for stride, size in zip(reversed(strides), reversed(sizes), strict=True) if size > 1), 0)
+
+
+def lying(shape: Sequence[int], last: bool) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, or of one of four or five dimensions whose channels come last."""
+    order = [0, *range(2, len(shape)), 1] if last else list(range(len(shape)))
+    found, step = [1] * len(shape), 1
+    for dim in reversed(order):
+        found[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(found)
 
 
 def memory_format(last: bool, dims: int) -> torch.memory_format:
     """How a tensor of a layer lies."""
-    if last and dims == 4:
-        return torch.channels_last
-    return torch.channels_last_3d if last and dims == 5 else torch.contiguous_format
-
-
-def blank(recipe: Recipe, shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of a layer, of its weight's or its student's shape, that lies as the recipe says."""
-    layout = memory_format(recipe.last, len(shape))
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def twin(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor for the gradient of an operand, that lies as it does; contiguous on the CPU."""
-    return tensor.new_empty(tensor.shape) if tensor.device.type == "cpu" else torch.empty_like(tensor)
+    if last:
+        return torch.channels_last if dims == 4 else torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def maps_of(form: Form, recipe: Recipe) -> tuple[Tensor, Tensor, int]:
     """Where the student has each row and column, in elements, or -1; and how far apart its taps are."""
-    blank = torch.empty(recipe.shape, device="meta", memory_format=memory_format(recipe.last, len(recipe.shape)))
+    strides = lying(recipe.shape, recipe.last)
     assert form.row is not None
-    rows = _offsets(recipe, form.row, blank.stride(form.row))
+    rows = _offsets(recipe, form.row, strides[form.row])
     if recipe.is_kernel:
         assert form.column is not None
-        columns = _offsets(recipe, form.column, blank.stride(form.column))
+        columns = _offsets(recipe, form.column, strides[form.column])
         rows = rows if form.row_groups else rows.repeat(form.groups)
         columns = columns if form.column_groups else columns.repeat(form.groups)
-        return rows, columns, tap_stride(blank.stride()[2:], blank.shape[2:]) or 0
-    step = recipe.shape[form.row] * blank.stride(form.row)
+        return rows, columns, tap_stride(strides[2:], recipe.shape[2:])
+    step = recipe.shape[form.row] * strides[form.row]
     rows = torch.where(rows >= 0, rows + step * torch.arange(form.groups)[:, None], -1).flatten()
     if form.column is None:
         return rows, torch.arange(form.inputs).repeat(form.groups), 0
-    columns = _offsets(recipe, form.column, blank.stride(form.column))
-    taps = 1 if blank.stride(form.column) > 1 else recipe.shape[form.column]
+    columns = _offsets(recipe, form.column, strides[form.column])
+    taps = 1 if strides[form.column] > 1 else recipe.shape[form.column]
     return rows, columns.repeat(form.groups), taps
 
 
@@ -161,7 +154,7 @@ def lines_of(recipe: Recipe) -> list[tuple[int, int, int]]:
     """For each line its length, its first tap, and the step between its taps."""
     found: list[tuple[int, int, int]] = []
     kernel = recipe.layout.canonical_shape(recipe.wide)[3:] if recipe.layout is not None else ()
-    for code, axis in recipe.terms:
+    for code, axis, _ in recipe.terms:
         if code == LINE:
             steps = [math.prod(kernel[a + 1 :]) for a in range(len(kernel))]
             first = sum(tap(n) * steps[a] for a, n in enumerate(kernel) if a != axis)

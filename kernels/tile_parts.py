@@ -1,31 +1,43 @@
-"""What the tile kernels read of a layer: the columns of its tables, and its tensors through their addresses."""
+"""What the tile kernels read of a layer: its tables, by the numbers of `columns.py`, and its tensors through them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from gpd_fx.kernels import columns
+
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownParameterType=false, reportMissingParameterType=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # Triton gives its arguments and results no types, or those that they have outside of a kernel.
 
-# What a task says of itself, integers: the layer, the kind, whether it is small, the group, the first of each block.
-TASK = tl.constexpr(6)
-# What is known of a layer, integers: sizes, where its maps start, how alpha is indexed, three lines.
-GEO = tl.constexpr(20)
-GROUPS, OUTPUTS, TAPS, INPUTS, WIDTH = (tl.constexpr(n) for n in range(5))
-ROW_MAP, COLUMN_MAP, STUDENT_TAP, ROW_GROUP, COLUMN_GROUP = (tl.constexpr(n) for n in range(5, 10))
-LINE = tl.constexpr(10)  # length, first tap, step between taps
-# Addresses and strides of a layer's tensors; an address of zero: there is none.
-DYN = tl.constexpr(54)
-WEIGHT, TEACHER, STUDENT, D_WEIGHT, ROW_ALPHA, COLUMN_ALPHA = (tl.constexpr(n) for n in range(6))
-STRIDE = tl.constexpr(6)  # of group, output, tap, input
-FILTERED = tl.constexpr(10)  # three times v, P, F, dv, dP
-SUMMED = tl.constexpr(25)  # v, P, F, dv, dP, dF
-PRODUCT = tl.constexpr(31)  # v, P, K, dv, dP, dK
-PRODUCT_STRIDE = tl.constexpr(37)  # of K: group, output, inner channel, tap
-LINES = tl.constexpr(41)  # three times v, L, dv, dL
+TASK = tl.constexpr(columns.TASK)
+GEO = tl.constexpr(columns.GEO)
+DYN = tl.constexpr(columns.DYN)
+GROUPS = tl.constexpr(columns.GROUPS)
+OUTPUTS = tl.constexpr(columns.OUTPUTS)
+TAPS = tl.constexpr(columns.TAPS)
+INPUTS = tl.constexpr(columns.INPUTS)
+WIDTH = tl.constexpr(columns.WIDTH)
+ROW_MAP = tl.constexpr(columns.ROW_MAP)
+COLUMN_MAP = tl.constexpr(columns.COLUMN_MAP)
+STUDENT_TAP = tl.constexpr(columns.STUDENT_TAP)
+ROW_GROUP = tl.constexpr(columns.ROW_GROUP)
+COLUMN_GROUP = tl.constexpr(columns.COLUMN_GROUP)
+LINE = tl.constexpr(columns.LINE)
+WEIGHT = tl.constexpr(columns.WEIGHT)
+TEACHER = tl.constexpr(columns.TEACHER)
+STUDENT = tl.constexpr(columns.STUDENT)
+D_WEIGHT = tl.constexpr(columns.D_WEIGHT)
+ROW_ALPHA = tl.constexpr(columns.ROW_ALPHA)
+COLUMN_ALPHA = tl.constexpr(columns.COLUMN_ALPHA)
+STRIDE = tl.constexpr(columns.STRIDE)
+FILTERED = tl.constexpr(columns.FILTERED)
+SUMMED = tl.constexpr(columns.SUMMED)
+PRODUCT = tl.constexpr(columns.PRODUCT)
+PRODUCT_STRIDE = tl.constexpr(columns.PRODUCT_STRIDE)
+LINES = tl.constexpr(columns.LINES)
 
 
 @triton.jit

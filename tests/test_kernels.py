@@ -14,7 +14,7 @@ from torch.utils import deterministic
 from gpd_fx.kernels import plain
 from gpd_fx.kernels.compose import InputFilter, Layer, Line, OutputFilter, Product, Term, compose
 from gpd_fx.kernels.grouped import backward_op, compose_op
-from gpd_fx.kernels.recipe import encode, flatten, parse
+from gpd_fx.kernels.recipe import Recipe, encode, flatten, parse
 from gpd_fx.kernels.reference import compose_reference
 from gpd_fx.layout import Cut, KernelLayout, Slice
 
@@ -254,7 +254,7 @@ def test_shared_and_separate_results() -> None:
 
 def test_recipes_are_read_as_written() -> None:
     layers = network()
-    recipes = parse("\n".join(encode(layer, True, False) for layer in layers))
+    recipes = parse("\n".join(encode(Recipe.of(layer), True, False) for layer in layers))
     for layer, recipe in zip(layers, recipes, strict=True):
         assert recipe.wide == tuple(layer.weight.shape)
         assert recipe.shape == layer.shape
@@ -265,17 +265,17 @@ def test_recipes_are_read_as_written() -> None:
         assert [type(term) for term in read.terms] == [type(term) for term in layer.terms]
         assert all(a is b for a, b in zip(read.alpha, layer.alpha, strict=True))
         assert all(a is b or a == b for a, b in zip(read.slices, layer.slices, strict=True))
-        assert len(tensors) == recipe.constants + sum(recipe.tensors)
+        assert [tuple(t.shape) for t in tensors[recipe.constants :]] == [shape for shape, _ in recipe.shapes()]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at them itself
 def test_opcheck() -> None:
     layers = [layer_of("3x2", KINDS, ("cut", "index")), layer_of("linear", ("product",), ("cut", "cut"))]
     weights, operands = [layer.weight for layer in layers], [t for layer in layers for t in flatten(layer)]
-    recipes = "\n".join(encode(layer, True, True) for layer in layers)
+    recipes = "\n".join(encode(Recipe.of(layer)) for layer in layers)
     torch.library.opcheck(compose_op, (weights, operands, recipes))
     made = [torch.randn_like(t) for t in compose_op(weights, operands, recipes)]
-    needed = " ".join("1" * (1 + sum(recipe.tensors)) for recipe in parse(recipes))
+    needed = " ".join("1" * (1 + len(recipe.shapes())) for recipe in parse(recipes))
     detached = [t.detach() for t in operands]
     torch.library.opcheck(backward_op, (made, detached, recipes, needed))
     torch.library.opcheck(backward_op, ([None, *made[1:]], detached, recipes, needed[:-1] + "0"))

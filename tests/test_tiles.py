@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gpd_fx
-from gpd_fx.kernels import launch
+from gpd_fx.kernels import launch, recipe
 from gpd_fx.kernels.compose import InputFilter, Layer, Line, OutputFilter, Product, Term, compose
-from gpd_fx.kernels.recipe import encode, parse
 from gpd_fx.kernels.reference import compose_reference
 from gpd_fx.layout import Cut, KernelLayout, Slice
 from tests.tiles import interpreted, traffic
@@ -214,27 +213,27 @@ def test_a_teacher(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * max(1.0, theirs.abs().max().item()))
 
 
-def test_channels_last() -> None:
-    """A weight whose channels come last gives tensors, and gets a gradient, that lie so."""
+def test_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight and a product's kernel whose channels come last: what is made of them, and their gradients, lie so."""
+    monkeypatch.setattr(recipe, "channels_last", lambda t: t.dim() == 4)  # on the CPU it never is
     layer = layer_of("dense", KINDS)
-    lying = layer.weight.detach().contiguous(memory_format=torch.channels_last)
-    (recipe,) = parse(encode(layer, True, True).replace(" 1 1 0 ", " 1 1 1 ", 1))  # teacher, student, channels last
-    assert recipe.last
-    flat = [t for t in layer.alpha if t is not None] + [t for term in layer.terms for t in term.tensors]
-    operands = recipe.operands(iter(flat))
-    ((wide, narrow),) = launch.forward([recipe], [lying], [operands])
+    lying = layer.weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    product = next(term for term in layer.terms if isinstance(term, Product))
+    kernel = product.kernel.detach()[0].contiguous(memory_format=torch.channels_last)[None].requires_grad_()
+    others = tuple(replace(t, kernel=kernel) if isinstance(t, Product) else t for t in layer.terms)
+    moved = replace(layer, weight=lying, terms=others)
+    (wide,), (narrow,) = compose([moved])
     (expected,), (smaller,) = compose_reference([layer])
-    assert wide is not None
-    assert narrow is not None
     for mine, theirs in ((wide, expected), (narrow, smaller)):
         assert mine.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(expected)
-    (found,) = launch.backward([recipe], [operands], [(upstream, None)], [[True] + [False] * sum(recipe.tensors)])
-    (reference,) = torch.autograd.grad(expected, layer.weight, upstream)
-    assert found[0] is not None
+    found = torch.autograd.grad(wide, (lying, kernel), upstream)
+    reference = torch.autograd.grad(expected, (layer.weight, product.kernel), upstream)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found[0], reference, rtol=1e-5, atol=1e-5)
+    assert found[1][0].is_contiguous(memory_format=torch.channels_last)
+    for mine, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_launches_and_bytes_of_a_network() -> None:
