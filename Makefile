@@ -12,11 +12,12 @@ FUZZ_ARGS ?= --graphs 20000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: help demo test zoo fuzz bench lint format venv clean
+.PHONY: help demo test test-gpu zoo fuzz bench lint format venv clean
 
 help:
 	@echo 'make demo    the whole path on handwritten digits: expand, train, fold, export (writes ./gpd-demo)'
 	@echo 'make test    the tests'
+	@echo 'make test-gpu  the tests of the kernels, compiled for the CUDA device that is here'
 	@echo 'make zoo     whole models in float64; ZOO_ARGS="all --no-step" takes 435; goes on where it stopped (zoo.jsonl)'
 	@echo 'make fuzz    20,000 random models in float64; FUZZ_ARGS="--graphs 1000 --seed 3" takes others'
 	@echo 'make bench   speed and memory, 8 minutes, into bench/results; BENCH_ARGS="--device cuda" on a GPU'
@@ -30,6 +31,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST_ARGS)
+
+test-gpu: $(VENV)/.dev
+	GPD_FX_DEVICE=cuda $(BIN)/python -m pytest tests/test_cuda.py $(TEST_ARGS)
 
 zoo: $(VENV)/.dev
 	$(BIN)/python -m bench.zoo $(ZOO_ARGS)

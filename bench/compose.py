@@ -5,7 +5,8 @@ reference in float64, values and every gradient, layer by layer.
 
 *share* compares with a copy that moves as many bytes as the composition must at least: operands and gradients of its
 results read once, results and gradients of operands written once. On a GPU the operator is also replayed as a CUDA
-graph, which leaves out what Python takes, and the kernels that one call launches are counted.
+graph, which leaves out what Python takes, and the kernels that one call launches are counted. *host* is the other part:
+what a call takes on the processor where the kernels are used but not started.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, cast
+from unittest import mock
 
 import torch
 import typer
@@ -28,6 +30,7 @@ from bench.machine import prepare
 from bench.measure import Case, Check, Row, measure
 from bench.section import Section, report
 from gpd_fx.composition import Composition
+from gpd_fx.kernels import launch
 from gpd_fx.kernels.compose import Layer, compose
 from gpd_fx.kernels.reference import compose_reference
 from gpd_fx.models import resolve
@@ -38,6 +41,7 @@ TOLERANCE = 2e-5
 """Of each tensor's largest element, in float32."""
 COPY = "copy of as many bytes"
 GRAPH = "grouped as a CUDA graph"
+HOST = "host, launches left out"
 
 
 def composition_of(model: str, ratio: float, branches: Sequence[str], resolution: int) -> Composition:
@@ -137,27 +141,50 @@ class Cases:
                 worst(results(run, self.composition, n), results(compose_reference, self.exact, n))
                 for n in range(len(self.layers))
             ]
-            return [Check("values and gradients", max(errors), TOLERANCE)]
+            found = [Check("values and gradients", max(errors), TOLERANCE)]
+            if run is compose:
+                with torch.no_grad():
+                    apart = worst(self.tensors(run), [t for side in run(self.composition.layers()) for t in side])
+                found.append(Check("as a step calls it", apart, 0.0))
+            return found
 
         def forward() -> object:
             with torch.no_grad():
-                return run(self.composition.layers())
+                return self.tensors(run)
 
         def both() -> None:
-            torch.autograd.backward(outputs(run, self.composition.layers()), self.upstream)
+            made = [t for t in self.tensors(run) if t.requires_grad]
+            torch.autograd.backward(made, self.upstream)
             self.composition.zero_grad()
 
         return Case(f"{name}, forward", forward, checks), Case(f"{name}, both", both, checks)
 
-    def recorded(self) -> tuple[Case, Case]:
+    def tensors(self, run: Compose) -> list[Tensor]:
+        """Both networks' tensors: ours as a training step gets them, with what is kept from step to step."""
+        if run is compose:
+            return [t for side in self.composition() for t in side.values()]
+        return [t for side in run(self.composition.layers()) for t in side]
+
+    def host(self) -> Case:
+        """What the operator takes where nothing is launched; what it makes is not looked at."""
+        _, case = self.make("grouped", compose)
+
+        def call() -> None:
+            with mock.patch.multiple(launch, usable=lambda tensors: True, _launch=lambda *given: None):  # pyright: ignore[reportUnknownLambdaType]
+                case.run()
+
+        return Case(f"{HOST}, both", call, case.checks)
+
+    def recorded(self, name: str = GRAPH) -> tuple[Case, Case]:
         """The operator as CUDA graphs."""
 
         def forward() -> list[Tensor]:
             with torch.no_grad():
-                return [t for side in compose(self.layers) for t in side]
+                return self.tensors(compose)
 
         def both() -> list[Tensor]:
-            pairs = zip(outputs(compose, self.layers), self.upstream, strict=True)
+            results = [t for t in self.tensors(compose) if t.requires_grad]
+            pairs = zip(results, self.upstream, strict=True)
             made, upstream = zip(*((t, u) for t, u in pairs if t.grad_fn is not None), strict=True)
             found = cast(tuple[Tensor | None, ...], torch.autograd.grad(made, self.wanted, upstream, allow_unused=True))
             return [*made, *(g for g in found if g is not None)]
@@ -182,7 +209,7 @@ class Cases:
         def made(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
             return lambda: [t for t in run() if id(t) not in own]
 
-        return case(f"{GRAPH}, forward", made(forward)), case(f"{GRAPH}, both", made(both))
+        return case(f"{name}, forward", made(forward)), case(f"{name}, both", made(both))
 
 
 def run(
@@ -198,7 +225,9 @@ def run(
     rows: list[Row] = []
     for number, (side, size) in enumerate(zip(("forward", "both"), moved, strict=True)):
         copied = f"{COPY}, {side}"
-        found = measure([*(pair[number] for pair in pairs), _copy(size, copied, device)], rounds, device, until)
+        hosted = [cases.host()] if side == "both" else []
+        chosen = [*(pair[number] for pair in pairs), *hosted, _copy(size, copied, device)]
+        found = measure(chosen, rounds, device, until)
         _compare(found, size)
         rows += found
     if device.type == "cuda":
@@ -216,7 +245,7 @@ def _compare(rows: Sequence[Row], size: int) -> None:
     """Bytes a second, and the share of what the copy reaches in the same round."""
     copied = rows[-1]
     for row in rows:
-        if row.median is not None and copied.seconds:
+        if row.median is not None and copied.seconds and not row.name.startswith(HOST):
             row.figures["GB/s"] = size / row.median / 1e9
             row.figures["share"] = statistics.median(
                 c / mine for c, mine in zip(copied.seconds, row.seconds, strict=True)

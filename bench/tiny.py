@@ -1,4 +1,4 @@
-"""A network of a few thousand parameters, on which every benchmark runs in seconds."""
+"""Networks of a few thousand parameters and fewer, on which every benchmark runs in seconds."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def network() -> nn.Module:
         nn.Flatten(),
         nn.Linear(16, 10),
     )
+
+
+def convs() -> nn.Module:
+    """Two convs: what an interpreter of kernels does in seconds."""
+    return nn.Sequential(nn.Conv2d(3, 6, 2), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 2))

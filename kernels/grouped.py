@@ -34,7 +34,11 @@ def composed(weights: Sequence[Tensor], operands: Sequence[Tensor], recipes: str
     return _Composed.apply(recipes, len(weights), *weights, *operands)  # pyright: ignore[reportUnknownMemberType, reportReturnType]  not typed
 
 
-@torch.library.custom_op("gpd_fx::compose", mutates_args=())
+# The compiler must not put them into CUDA graphs of its own: their tables would live on in its memory.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("gpd_fx::compose", mutates_args=(), tags=_TAGS)
 def compose_op(weights: Sequence[Tensor], operands: Sequence[Tensor], recipes: str) -> list[Tensor]:
     """For each layer the teacher's tensor, then the student's, where its recipe asks for them."""
     layers, starts = parse(recipes), starts_of(recipes)
@@ -73,7 +77,7 @@ def _blank(like: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
     return like.new_empty_strided(shape, lying(shape, last))
 
 
-@torch.library.custom_op("gpd_fx::compose_backward", mutates_args=())
+@torch.library.custom_op("gpd_fx::compose_backward", mutates_args=(), tags=_TAGS)
 def backward_op(
     gradients: Sequence[Tensor | None], operands: Sequence[Tensor], recipes: str, needed: str
 ) -> list[Tensor]:

@@ -5,9 +5,10 @@ Everything but addresses is known from the operator's text: it is worked out onc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,46 @@ from gpd_fx.kernels.addresses import Rows, backward_rows, forward_rows
 from gpd_fx.kernels.forms import form_of
 from gpd_fx.kernels.recipe import OUTPUT_FILTER, Recipe, parse, starts_of
 from gpd_fx.kernels.tables import Blocks, Tables, tables_of
-from gpd_fx.kernels.transfer import Sent
+from gpd_fx.kernels.transfer import Sent, refuse_capture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORWARD = Blocks(outputs=16, inputs=64, inner=32, rows=64, warps=8, stages=1)
 BACKWARD = Blocks(outputs=16, inputs=64, inner=32, rows=64, warps=8, stages=1)
+TUNED: dict[str, tuple[Blocks, Blocks]] = {}
+"""What `python -m bench tune` found best, forward and backward, by `architecture`; elsewhere the two above."""
+_tried: list[tuple[Blocks, Blocks]] = []
+
+
+def architecture(device: torch.device) -> str:
+    """What a device's kernels are compiled for, such as `sm_90`; empty where there is no such device."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def blocks_of(kernel: str, device: torch.device) -> Blocks:
+    """The sizes of tiles of a kernel on a device."""
+    pair = _tried[-1] if _tried else TUNED.get(architecture(device), (FORWARD, BACKWARD))
+    return pair[kernel != "compose_tiles"]
+
+
+@contextlib.contextmanager
+def trying(forward: Blocks, backward: Blocks) -> Generator[None]:
+    """Meanwhile tiles have these sizes, on every device, and the kernels are used on the CPU too (interpreted)."""
+    _forget()
+    _tried.append((forward, backward))
+    try:
+        yield
+    finally:
+        _tried.pop()
+        _forget()
+
+
+def _forget() -> None:
+    forward_plan.cache_clear()
+    backward_plan.cache_clear()
 
 
 class Plan:
@@ -35,7 +71,6 @@ class Plan:
     def __init__(
         self,
         kernel: str,
-        blocks: Blocks,
         layers: Sequence[Recipe],
         taken: Sequence[int],
         needed: Sequence[str] | None,
@@ -43,10 +78,10 @@ class Plan:
     ) -> None:
         self.rest = tuple(n for n in range(len(layers)) if n not in {*taken})
         self.rows = rows
-        self._kernel, self._blocks = kernel, blocks
+        self._kernel = kernel
         self._layers = [layers[n] for n in taken]
         self._needed = None if needed is None else [needed[n] for n in taken]
-        self._tables: dict[torch.device, Tables] = {}
+        self._tables: dict[torch.device, tuple[Tables, Blocks]] = {}
         self._sent = Sent()
 
     def run(self, tensors: Sequence[Tensor | None], like: Tensor, results: list[Tensor | None]) -> bool:
@@ -55,13 +90,15 @@ class Plan:
         if {t.dtype for t in read} != {like.dtype}:
             return False
         device = like.device
-        tables = self._tables.get(device)
-        if tables is None:
-            tables = self._tables[device] = tables_of(self._layers, self._needed, self._blocks, device)
+        if device not in self._tables:
+            refuse_capture(device)
+            blocks = blocks_of(self._kernel, device)
+            self._tables[device] = tables_of(self._layers, self._needed, blocks, device), blocks
+        tables, blocks = self._tables[device]
         made = self.rows.blanks(like)
         addresses = [t.data_ptr() for t in read]
         addresses += [t.data_ptr() for t in made]
-        _launch(self._kernel, tables, self._sent.send(self.rows, addresses, device), self._blocks, like)
+        _launch(self._kernel, tables, self._sent.send(self.rows, addresses, device), blocks, like)
         for result, tensor in zip(self.rows.results, made, strict=True):
             results[result.place] = tensor
         return True
@@ -72,7 +109,7 @@ def forward_plan(text: str) -> Plan:
     """What composes the layers of a text."""
     recipes = parse(text)
     taken = [n for n, recipe in enumerate(recipes) if supported(recipe)]
-    return Plan("compose_tiles", FORWARD, recipes, taken, None, forward_rows(recipes, starts_of(text), taken))
+    return Plan("compose_tiles", recipes, taken, None, forward_rows(recipes, starts_of(text), taken))
 
 
 @functools.lru_cache(maxsize=64)
@@ -82,7 +119,7 @@ def backward_plan(text: str, needed: str, given: tuple[bool, ...]) -> Plan:
     asked = [n for n, flag in enumerate(flags) if "1" in flag]
     taken = [n for n in asked if differentiable(recipes[n], [flag == "1" for flag in flags[n]])]
     rows = backward_rows(recipes, starts_of(text), taken, flags, given)
-    return Plan("differentiate_tiles", BACKWARD, recipes, taken, flags, rows)
+    return Plan("differentiate_tiles", recipes, taken, flags, rows)
 
 
 @functools.cache
@@ -95,7 +132,7 @@ def usable(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of this kind are the kernels' business."""
     first = tensors[0]
     return (
-        first.device.type == "cuda"
+        (first.device.type == "cuda" or len(_tried) > 0)
         and first.dtype in DTYPES
         and {t.dtype for t in tensors} == {first.dtype}
         and available()

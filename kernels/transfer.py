@@ -41,13 +41,13 @@ class Pinned:
         """A copy of a table.
 
         Raises:
-            RuntimeError: there is no room, and during a capture none can be made.
+            RuntimeError: there is no room, and while a graph is captured none can be made.
         """
         end = self._used + len(table)
         if end > len(self._room):
             raise RuntimeError(
-                "a CUDA graph is captured before the composition ran outside of one, or it composes more than "
-                f"{_LEAST} times: run a step first, and capture fewer at a time"
+                f"a CUDA graph composes more than {_LEAST} times, which is what there is pinned memory for: "
+                "capture fewer steps at a time, and run one between captures"
             )
         piece = self._room[self._used : end]
         self._used = end
@@ -55,6 +55,19 @@ class Pinned:
 
 
 PINNED = Pinned()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """What is made once must not be made while a CUDA graph is captured.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is captured before the composition ran outside of one: run a step first, with the same "
+            "gradients, then capture"
+        )
 
 
 class Sent:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 # Before torch is imported: several workers with several threads each would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # and before triton is: kernels run on CPU tensors
+if os.environ.get("GPD_FX_DEVICE") != "cuda":  # `make test-gpu` sets it
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # and before triton is: kernels run on CPU tensors
 
 import pytest
 import torch

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from bench import compose
+from bench import compose, tune
 from bench.__main__ import app
 from bench.einsum import compose_by_einsum
 from bench.everything import TINY
+from bench.measure import Case, Check
 from bench.section import Results
 from gpd_fx.kernels.compose import Layer, OutputFilter
 from gpd_fx.layout import Cut, KernelLayout
@@ -26,7 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:F
     ("command", "cases"),
     [
         (["step", "--batch", "4"], ["plain", "gpd_fx", "convs", "einsum"]),
-        (["compose"], [f"{n}, {s}" for s in ("forward", "both") for n in (*compose.CASES, compose.COPY)]),
+        (
+            ["compose"],
+            [f"{n}, forward" for n in (*compose.CASES, compose.COPY)]
+            + [f"{n}, both" for n in (*compose.CASES, compose.HOST, compose.COPY)],
+        ),
     ],
     ids=["step", "compose"],
 )
@@ -51,6 +56,21 @@ def test_an_unknown_choice_is_refused(option: str, value: str, message: str) -> 
     result = CliRunner().invoke(app, ["step", TINY, "--resolution", "16", option, value])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_sizes_of_tiles_are_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With cases that do nothing: the interpreter would take a minute for the real ones."""
+
+    def case_of(cases: object, name: str, pair: object, side: int) -> Case:
+        del cases, pair, side
+        return Case(name, lambda: None, lambda: [Check("values", 0.0, 0.0)])
+
+    monkeypatch.setattr(tune, "case_of", case_of)
+    out = tmp_path / "found.json"
+    result = CliRunner().invoke(app, ["tune", "--tiny", "--out", str(out)])
+    assert result.exception is None, result.output
+    assert [len(section.rows) for section in Results.load(out).sections] == [2, 2]
+    assert '": (Blocks(outputs=' in result.output
 
 
 def wrong_kernels(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:

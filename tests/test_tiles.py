@@ -89,17 +89,17 @@ def tensors(layers: Sequence[Layer]) -> list[Tensor]:
     return [t for layer in layers for t in (layer.weight, *(t for term in layer.terms for t in term.tensors))]
 
 
-def cast(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The same layer with tensors of its own in another dtype."""
+def cast(layer: Layer, dtype: torch.dtype, device: str | torch.device | None = None) -> Layer:
+    """The same layer with tensors of its own in another dtype, and on another device where one is given."""
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+        return tensor.detach().to(device, dtype).requires_grad_(tensor.requires_grad)
 
     moved = tuple(
         replace(term, **{name: move(t) for name, t in vars(term).items() if isinstance(t, Tensor)})
         for term in layer.terms
     )
-    alpha = tuple(None if a is None else a.to(dtype) for a in layer.alpha)
+    alpha = tuple(None if a is None else a.to(device, dtype) for a in layer.alpha)
     return replace(layer, weight=move(layer.weight), terms=moved, alpha=alpha)
 
 
@@ -109,7 +109,7 @@ def worst(layers: Sequence[Layer], teacher: bool = True, student: bool = True) -
     found = [t for side in compose(layers, teacher, student) for t in side]
     expected = [t for side in compose_reference(exact, teacher, student) for t in side]
     generator = torch.Generator().manual_seed(3)
-    upstream = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in found]
+    upstream = [torch.randn(t.shape, generator=generator).to(t) for t in found]
     wanted = [[t for t in tensors(side) if t.requires_grad] for side in (layers, exact)]
     found += torch.autograd.grad(found, wanted[0], upstream, materialize_grads=True, allow_unused=True)
     doubles = [t.double() for t in upstream]

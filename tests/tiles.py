@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ def interpreted() -> None:
     """Skip where there is no triton; triton decides when a kernel is defined whether the interpreter runs it."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled in this run, for a device")
     if not _interpreter_counts():
         pytest.skip("the interpreter of this triton cannot count a loop with this numpy; it needs numpy below 2.4")
     from gpd_fx.kernels import tile_kernels
