@@ -20,7 +20,7 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import compose, expand, folded, step
+from bench import compose, depthwise, expand, folded, step
 from bench.machine import name_of, prepare, slug
 from bench.section import Results, Section
 from bench.step import COMPILED, EAGER, NAMES, Setting
@@ -54,6 +54,12 @@ def compose_job(model: str, branches: str, rounds: int, device: torch.device, se
     return Job(title, seconds, lambda until: compose.run(model, 2.0, branches, side, rounds, device, until))
 
 
+def depthwise_job(setting: depthwise.Setting, rounds: int, device: torch.device, seconds: float) -> Job:
+    """Depthwise convs with batch norm."""
+    layers = depthwise.TINY if setting.batch < 8 else depthwise.MOBILENET
+    return Job(setting.title, seconds, lambda until: depthwise.run(layers, setting, rounds, device, until))
+
+
 def onnx_job(model: str, resolution: int, rounds: int, seconds: float, repeats: int = 1) -> Job:
     """The folded student's file."""
     title = f"folded student of {model} in ONNX Runtime, batch 1, {resolution}x{resolution}"
@@ -82,6 +88,8 @@ def _on_cuda(device: torch.device) -> Iterator[Job]:
     yield compose_job(RESNET18, FULL, 10, device, 12)
     for model in (MOBILENET, CONVNEXT, DEIT):
         yield step_job(replace(large, model=model), EAGER, 5, device, 20)
+    yield depthwise_job(depthwise.Setting(256, "bfloat16", True, "inductor"), 10, device, 40)
+    yield depthwise_job(depthwise.Setting(64), 10, device, 15)
     yield compose_job(RESNET50, "orepa", 10, device, 20)
     yield onnx_job(RESNET18, 224, 40, 25)
     yield expand_job(RESNET18, 3, 30)
@@ -107,6 +115,7 @@ def tiny_jobs(device: torch.device) -> Iterator[Job]:
     yield step_job(TINY_STEP, NAMES, 2, device, 15)
     yield step_job(replace(TINY_STEP, amp="bf16", channels_last=True), EAGER, 2, device, 5)
     yield compose_job(TINY, "orepa", 2, device, 5)
+    yield depthwise_job(depthwise.Setting(2, backend="aot_eager"), 2, device, 2)
     yield onnx_job(TINY, 32, 5, 10, repeats=20)
     yield expand_job(TINY, 2, 5)
 

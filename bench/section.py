@@ -17,7 +17,7 @@ from rich.table import Table
 from bench.machine import machine
 from bench.measure import Row
 
-KINDS = ("step", "compose", "onnx", "expand", "tune")
+KINDS = ("step", "compose", "depthwise", "onnx", "expand", "tune")
 _MACHINE = ("device", "threads", "clock", "torch", "gpd_fx", "python", "system", "load")
 _ROW = ("name", "correct", "left_out", "checks", "base", "median", "ratio", "seconds", "ratios", "memory", "figures")
 

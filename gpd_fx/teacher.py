@@ -17,6 +17,7 @@ from gpd_fx.calls import call_with, places_of, recurrent_layers
 from gpd_fx.composition import Composition, Tree
 from gpd_fx.errors import ArgumentError
 from gpd_fx.fakes import shapes_of
+from gpd_fx.fusion import Fused, FusingCalls, FusionReport, synchronised
 from gpd_fx.inputs import check_inputs
 from gpd_fx.paths import graphs_of, put, with_graph
 from gpd_fx.private import copy_graph, enter_autocast
@@ -73,6 +74,8 @@ class DynamicTeacher(nn.Module):
         self._apart = TOGETHER
         self._beside: dict[str, dict[str, str]] = {key: {} for key in graphs}  # places in a graph -> `ApartKeys`
         self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
+        self._fuses = False
+        self._fused: dict[str, frozenset[str]] = dict.fromkeys(graphs, frozenset())  # kernels, by canonical name
 
     def forward(self, *args: Any, role: Role = "teacher", **kwargs: Any) -> Any:
         """Run one network or both on the same inputs, which are those of the student.
@@ -129,7 +132,9 @@ class DynamicTeacher(nn.Module):
     def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the student's module with composed tensors, by canonical name."""
         state = {place: tensors[name] for place, name in self._places.items() if name in tensors}
-        return call_with(self.skeleton, state, args, kwargs, self._recurrent)
+        kernels = [tensors[name] for name in self._fused["train" if self.training else "eval"] if name in tensors]
+        with FusingCalls(kernels) if kernels else contextlib.nullcontext():
+            return call_with(self.skeleton, state, args, kwargs, self._recurrent)
 
     def as_graph(self, mode: Literal["train", "eval"] = "eval") -> fx.GraphModule:
         """The teacher alone, as one captured graph that passes can take: its weights come from a `composition`.
@@ -170,7 +175,8 @@ class DynamicTeacher(nn.Module):
             InputError: the inputs are unlike those that the graphs were captured with.
         """
         given, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-        plain = self._plain("train")
+        plains = {mode: self._plain(mode) for mode in self._feeds}
+        plain = plains["train"]
         check_inputs(plain, given, kwargs)
         plans = {plan.name: plan for plan in self.composition.plans}
         wide = {plan.name: weight for plan, weight in self.composition.wide_parameters()}
@@ -179,11 +185,11 @@ class DynamicTeacher(nn.Module):
         choices: list[Choice] = []
         for (name, branch), (inner, refusal) in self.composition.products().items():
             product = ProductSizes.of(plans[name], inner)
-            reason = refusal or self._obstacle(name)
+            reason = refusal or self._obstacle(plains, name)
             if reason is not None:
                 choices.append(Choice(name, branch, product.composed(), None, "composed", reason))
                 continue
-            nodes = [node for _, node in self._uses("train", name)]
+            nodes = [node for _, node in self._uses(plains, "train", name)]
             uses = [Use.of(shapes[n.all_input_nodes[0].name], shapes[n.name], product) for n in nodes]
             choices.append(Choice.cheaper(name, branch, product, uses))
         found = BranchSchedule(tuple(choices))
@@ -196,66 +202,98 @@ class DynamicTeacher(nn.Module):
         Raises:
             ArgumentError: there is no such branch, or it cannot run apart.
         """
-        from gpd_fx.passes.apart import Apart, Beside  # passes import this module
-
         chosen = frozenset(branches)
         known = self.composition.products()
+        plains = {mode: self._plain(mode) for mode in self._feeds}
         for name, branch in sorted(chosen):
             if (name, branch) not in known:
                 among = f"; there are {some([f'{n} {b}' for n, b in known])}" if known else ""
                 raise ArgumentError(f"run_apart: {name!r} has no product branch {branch!r}{among}")
-            reason = known[name, branch][1] or self._obstacle(name)
+            reason = known[name, branch][1] or self._obstacle(plains, name)
             if reason is not None:
                 raise ArgumentError(f"run_apart: branch {branch!r} of {name!r} cannot run apart: {reason}")
-        taps = {plan.name: prod(plan.wide_shape[2:]) for plan in self.composition.plans}
+        self._apart = chosen
+        self._rewrite()
+
+    def fuse(self, on: bool = True) -> FusionReport:
+        """Run each depthwise conv of both networks as one op with the batch norm behind it, where nothing is between.
+
+        The results are the same. On CUDA the op is a few Triton kernels that never write the conv's output, which takes
+        fewer passes over the activations and less memory (see `gpd_fx.kernels.depthwise`); elsewhere it is the two ops
+        that it stands for. It holds for both modes until the next call, and is not saved.
+
+        Args:
+            on: False runs all of them as two ops again.
+        """
+        self._fuses = on
+        return FusionReport(tuple(self._rewrite()))
+
+    def _rewrite(self) -> list[Fused]:
+        """Make both graphs anew as branches that run apart and fused convs want it; what was said of the latter."""
+        from gpd_fx.passes.apart import Apart, Beside  # passes import this module
+        from gpd_fx.passes.fuse import FuseDepthwise, pairs_of
+
+        wide = {plan.name: weight for plan, weight in self.composition.wide_parameters()}
+        rows: list[Fused] = []
         for mode, feeds in self._feeds.items():
             graph = self.graphs[f"{mode}_mode"]
             assert isinstance(graph, fx.GraphModule)
             places: dict[str, str] = {}
             added: dict[str, tuple[Beside, ...]] = {}
             for target, name in feeds.items():
-                for number, (owner, branch) in enumerate(sorted(chosen)):
+                for number, (owner, branch) in enumerate(sorted(self._apart)):
                     if owner == name:
                         keys = ApartKeys.of(name, branch)
                         paths = ApartKeys(*(f"_gpd_apart{number}_{part}" for part in keys._fields))
                         places |= zip(paths, keys, strict=True)
-                        added[target] = (*added.get(target, ()), Beside(*paths, taps=taps[name]))
+                        added[target] = (*added.get(target, ()), Beside(*paths, taps=prod(wide[name].shape[2:])))
             plain = self._plain(mode)
             for path in places:
                 put(plain, path, None, like=None)
                 put(graph, path, None, like=torch.empty(0))
-            graph.graph = Apart(added)(plain).module.graph
+            made = Apart(added)(plain).module
+            mine: list[Fused] = []
+            if self._fuses:
+                for target, name in feeds.items():
+                    if name in wide:
+                        put(made, target, wide[name], like=wide[name])
+                synced = synchronised(self.skeleton)
+                but = {t: "its batch norm is synchronised" for t, name in feeds.items() if name in synced}
+                for pair in pairs_of(made, but):
+                    runs, reason = ("fused", f"with {pair.norm}") if pair.reason is None else ("apart", pair.reason)
+                    mine.append(Fused(feeds[pair.weight], mode, runs, reason))
+                made = FuseDepthwise(but)(made).module
+            graph.graph = made.graph
             self._beside[mode] = places
-        self._apart = chosen
+            apart = {row.parameter for row in mine if row.runs == "apart"}
+            self._fused[mode] = frozenset(row.parameter for row in mine) - apart
+            rows += mine
+        return rows
 
     def _plain(self, mode: str) -> fx.GraphModule:
-        """The graph of a mode with all branches composed."""
+        """The graph of a mode with all branches composed, and every conv as one op."""
         from gpd_fx.passes.apart import without_branches  # passes import this module
+        from gpd_fx.passes.fuse import two_again
 
         source = self.graphs[f"{mode}_mode"]
         assert isinstance(source, fx.GraphModule)
         graph = copy_graph(source.graph)[0]
+        two_again(graph)
         without_branches(graph)
         return with_graph(source, graph)
 
-    def _uses(self, mode: str, name: str) -> list[tuple[fx.Node, fx.Node]]:
+    def _uses(self, plains: Mapping[str, fx.GraphModule], mode: str, name: str) -> list[tuple[fx.Node, fx.Node]]:
         """The nodes of a parameter in the graph of a mode, each with an op that takes it."""
         from gpd_fx.passes.apart import uses_of  # passes import this module
 
-        graph = self.graphs[f"{mode}_mode"]
-        assert isinstance(graph, fx.GraphModule)
-        return [
-            node
-            for target, owner in self._feeds[mode].items()
-            if owner == name
-            for node in uses_of(graph.graph, target)
-        ]
+        targets = [target for target, owner in self._feeds[mode].items() if owner == name]
+        return [node for target in targets for node in uses_of(plains[mode].graph, target)]
 
-    def _obstacle(self, name: str) -> str | None:
+    def _obstacle(self, plains: Mapping[str, fx.GraphModule], name: str) -> str | None:
         """What in the graphs keeps the branches of a parameter from running apart."""
         from gpd_fx.passes.apart import obstacle  # passes import this module
 
-        uses = [use for mode in self._feeds for use in self._uses(mode, name)]
+        uses = [use for mode in self._feeds for use in self._uses(plains, mode, name)]
         found = [obstacle(*use) for use in uses]
         return next((reason for reason in found if reason is not None), None) if uses else "no op uses it"
 

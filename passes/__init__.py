@@ -6,6 +6,7 @@ from gpd_fx.passes.base import PassResult as PassResult
 from gpd_fx.passes.base import Pipeline as Pipeline
 from gpd_fx.passes.branch import Branch as Branch
 from gpd_fx.passes.fold import Fold as Fold
+from gpd_fx.passes.fuse import FuseDepthwise as FuseDepthwise
 from gpd_fx.passes.merge import Merge as Merge
 from gpd_fx.passes.propagate import Propagate as Propagate
 from gpd_fx.passes.widen import Widen as Widen

@@ -43,10 +43,11 @@ def compiled(name: str, target: Any, dtype: Any, few: int) -> dict[str, Any]:
     )
     made = triton.compile(source, target=target, options=blocks.options())
     found = {"kernel": name, "dtype": str(dtype), "few": few, "shared": made.metadata.shared}
-    return found | (_amd(made.asm["amdgcn"]) if hip else _nvidia(made.asm["ptx"], target.arch))
+    return found | (amd(made.asm["amdgcn"]) if hip else nvidia(made.asm["ptx"], target.arch))
 
 
-def _nvidia(ptx: str, arch: int) -> dict[str, int]:
+def nvidia(ptx: str, arch: int) -> dict[str, int]:
+    """What ptxas says of a kernel."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +63,9 @@ def _nvidia(ptx: str, arch: int) -> dict[str, int]:
     }
 
 
-def _amd(assembly: str) -> dict[str, int]:
+def amd(assembly: str) -> dict[str, int]:
+    """What the assembly says of itself."""
+
     def number(key: str) -> int:
         return int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
 

@@ -159,7 +159,7 @@ def test_the_whole_run_on_a_tiny_network(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["all", "--tiny", "--out", str(out)])
     assert result.exit_code == 0, result.output
     found = Results.load(out)
-    assert [one.kind for one in found.sections] == ["step", "step", "compose", "onnx", "expand"]
+    assert [one.kind for one in found.sections] == ["step", "step", "compose", "depthwise", "onnx", "expand"]
     assert found.left_out == {}
     for one in found.sections:
         for row in one.rows:
@@ -168,7 +168,7 @@ def test_the_whole_run_on_a_tiny_network(tmp_path: Path) -> None:
             assert row.ratio is not None
     assert tuple(row.name for row in found.sections[0].rows) == NAMES
     assert {row.base for row in found.sections[0].rows if row.name.endswith(COMPILED)} == {f"plain{COMPILED}"}
-    original, student = found.sections[3].rows
+    original, student = found.sections[4].rows
     assert original.figures == student.figures
     shown = table.render({"tiny.json": found})
     assert shown.count("| tiny:network") == 0

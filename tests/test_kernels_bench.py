@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from bench import compose, tune
+from bench import compose, depthwise, tune
 from bench.__main__ import app
 from bench.einsum import compose_by_einsum
 from bench.everything import TINY
 from bench.measure import Case, Check
 from bench.section import Results
+from gpd_fx.kernels import depthwise as kernels
+from gpd_fx.kernels import depthwise_launch
 from gpd_fx.kernels.compose import Layer, OutputFilter
 from gpd_fx.layout import Cut, KernelLayout
+from tests.tiles import interpreted, traffic
 
-# torch 2.11 says so while it calls a graph that it exported itself
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+pytestmark = [
+    # torch 2.11 says so while it calls a graph that it exported itself
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
+    # triton 3.6 makes numbers of arrays in a way that numpy warns about
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +111,35 @@ def test_a_wrong_step_is_found(amp: list[str], monkeypatch: pytest.MonkeyPatch, 
     CliRunner().invoke(app, ["step", TINY, *options])
     rows = {row.name: row.correct for row in Results.load(out).sections[0].rows}
     assert rows == {"plain": True, "einsum": False, "convs": True}
+
+
+def test_depthwise_layers_by_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    interpreted()
+    monkeypatch.setattr(kernels, "usable", kernels.fitting)
+    out, some = tmp_path / "found.json", ["--rounds", "1", "--batch", "2", "--backend", "aot_eager", "--channels-last"]
+    with traffic(depthwise_launch) as counted:
+        result = CliRunner().invoke(app, ["depthwise", "--tiny", *some, "--dtype", "float16", "--out", str(out)])
+    assert result.exception is None, result.output
+    assert "normalise" in counted.launches
+    (found,) = Results.load(out).sections
+    assert [row.name.rpartition(", ")[2] for row in found.rows] == ["torch", "compiled", "fused"] * 2
+    assert all(row.correct for row in found.rows)
+    assert found.rows[0].figures["MB"] * 10 == pytest.approx(found.rows[2].figures["MB"] * 14)
+
+
+def test_a_wrong_depthwise_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> Tensor:
+        return 1.001 * kernels.depthwise_norm(*args)
+
+    monkeypatch.setattr(depthwise, "depthwise_norm", wrong)
+    found = depthwise.run(depthwise.TINY, depthwise.Setting(2), 1, torch.device("cpu"))
+    assert [row.correct for row in found.rows] == [True, False] * 2
+
+
+def test_a_dtype_that_the_kernels_do_not_know_is_refused() -> None:
+    result = CliRunner().invoke(app, ["depthwise", "--tiny", "--dtype", "float64"])
+    assert result.exit_code == 2
+    assert "there is no 'float64' here" in result.output
 
 
 def test_the_bytes_of_a_composition_are_counted() -> None:

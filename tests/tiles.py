@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,12 @@ class Traffic:
 
 
 @contextmanager
-def traffic() -> Generator[Traffic]:
-    """Count launches, and the bytes of every load and store within them."""
+def traffic(where: ModuleType = launch) -> Generator[Traffic]:
+    """Count the launches of a module, and the bytes of every load and store within them."""
     from triton.runtime import interpreter
 
     found, builder = Traffic(), interpreter.InterpreterBuilder
-    original_load, original_store, start = builder.create_masked_load, builder.create_masked_store, launch._launch  # pyright: ignore[reportPrivateUsage]
+    original_load, original_store, start = builder.create_masked_load, builder.create_masked_store, where._launch
     set_place = builder.set_grid_idx
     touched: dict[str, list[np.ndarray[Any, Any]]] = {"loads": [], "stores": []}
     program: dict[str, list[np.ndarray[Any, Any]]] = {"loads": [], "stores": []}
@@ -89,9 +90,9 @@ def traffic() -> Generator[Traffic]:
         finish_program()
         return set_place(self, *index)
 
-    def launched(name: str, *rest: Any) -> None:
+    def launched(name: str, *rest: Any, **constants: Any) -> None:
         found.launches.append(name)
-        start(name, *rest)
+        start(name, *rest, **constants)
         finish_program()
         for places in touched.values():
             found.moved += size_of(places)
@@ -101,5 +102,5 @@ def traffic() -> Generator[Traffic]:
         patch.setattr(builder, "create_masked_load", load)
         patch.setattr(builder, "create_masked_store", store)
         patch.setattr(builder, "set_grid_idx", place)
-        patch.setattr(launch, "_launch", launched)
+        patch.setattr(where, "_launch", launched)
         yield found

@@ -7,7 +7,7 @@ accelerators only; here the op is replaced where it is called, which reaches cap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-_aten = torch.ops.aten
+from gpd_fx.kernels.depthwise import depthwise_norm_op as depthwise_norm_op  # which registers it
+
+_aten, _gpd_fx = torch.ops.aten, torch.ops.gpd_fx
 
 
 class SyncedBatchNorm(TorchFunctionMode):
@@ -33,6 +35,8 @@ class SyncedBatchNorm(TorchFunctionMode):
             return _batch_norm(*args, **(kwargs or {}))
         if func is functional.batch_norm:  # what it calls inside would not come here
             return _by_name(*args, **(kwargs or {}))
+        if func in (_gpd_fx.depthwise_norm.default, _gpd_fx.depthwise_norm):
+            return _behind_conv(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -81,6 +85,25 @@ def _batch_norm(
     if bias is not None:
         y = y + bias.view(shape)
     return y.to(x.dtype)
+
+
+def _behind_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """With the arguments and results of `gpd_fx::depthwise_norm`, whose conv is then one of its own."""
+    mean, var = (weight.new_zeros(len(weight), dtype=torch.float32) for _ in range(2))
+    conv = None if bias is None else bias.to(x.dtype)
+    y = torch.conv2d(x, weight.to(x.dtype), conv, stride, padding, dilation, x.shape[1])
+    z = _batch_norm(y, gamma, beta, mean, var, True, 1.0, eps, True)
+    return z, torch.stack([mean, var, mean, var])
 
 
 class _Total(torch.autograd.Function):

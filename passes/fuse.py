@@ -1,0 +1,169 @@
+"""Run a depthwise conv and the batch norm behind it as one op, which keeps nothing of what lies between them.
+
+before    y = conv2d(x, w, b, ..., groups)    z = batch_norm(y, gamma, beta, mean, var, ...)
+after     z = depthwise_norm(x, w, b, gamma, beta, mean, var, ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from gpd_fx.kernels.depthwise import depthwise_norm
+from gpd_fx.kernels.depthwise_launch import MOST_SIDE
+from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.paths import fetch, with_graph
+from gpd_fx.private import OpOverload, copy_graph, schema
+from gpd_fx.rules.site import bind, op_name
+from gpd_fx.weights import weight_layout
+
+aten = torch.ops.aten
+MOST_STRIDE = 2
+"""Rows times columns: with x of so many times the elements of z, one op moves 5 x + 5 z, two move 3 x + 11 z."""
+_FUSED = "gpd_fx_fused"
+"""Key in the meta of a node that the pass adds: the two that it stands for."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A depthwise conv, the batch norm behind it, and why they stay two; None where they need not."""
+
+    conv: fx.Node
+    norm: fx.Node | None
+    weight: str
+    padding: list[int] | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class FuseDepthwise(Pass):
+    """Fuses every depthwise conv with its batch norm, but where either takes an attribute in `but`, which says why."""
+
+    but: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def run(self, module: fx.GraphModule) -> PassResult:
+        graph = copy_graph(module.graph)[0]
+        notes: list[str] = []
+        changed = False
+        for pair in list(pairs_of(with_graph(module, graph), self.but)):
+            notes.append(f"{pair.conv.name}: {pair.reason or 'one op with its batch norm'}")
+            if pair.reason is None:
+                _fuse(pair)
+                changed = True
+        return PassResult(with_graph(module, graph), changed, tuple(notes))
+
+    def ensures(self, module: fx.GraphModule) -> None:
+        copy_graph(module.graph)[0].lint()  # on its own: empty places are no fault
+
+
+def pairs_of(module: fx.GraphModule, but: Mapping[str, str]) -> Iterator[Pair]:
+    """Each depthwise conv2d whose kernel is an attribute; `but` is as the pass takes it."""
+    for node in module.graph.nodes:
+        found = weight_layout(node)
+        if found is None or node.target not in (aten.conv2d.default, aten.conv2d.padding) or found[0].op != "get_attr":
+            continue
+        weight, layout = found
+        kernel = fetch(module, str(weight.target))
+        if not isinstance(kernel, Tensor) or not layout.groups == len(kernel) > 1 == kernel.shape[1]:
+            continue
+        norm = next(iter(node.users), None)
+        padding = _padding(node, kernel)
+        reason = _obstacle(node, norm, kernel, padding)
+        if reason is None and norm is not None:
+            taken = [str(given.target) for given in (*node.all_input_nodes, *norm.all_input_nodes)]
+            reason = next((but[target] for target in taken if target in but), None)
+        yield Pair(node, norm, str(weight.target), padding, reason)
+
+
+def _obstacle(conv: fx.Node, norm: fx.Node | None, kernel: Tensor, padding: list[int] | None) -> str | None:
+    """Why a conv and what follows it stay two ops."""
+    if norm is None or len(conv.users) != 1:
+        return f"its output has {len(conv.users)} users"
+    if norm.target is not aten.batch_norm.default or norm.all_input_nodes.count(conv) != 1 or norm.args[0] is not conv:
+        return f"{op_name(norm.target)} follows, not a batch norm"
+    if max(kernel.shape[2:]) > MOST_SIDE:
+        return f"its kernel of {'x'.join(map(str, kernel.shape[2:]))} is larger than {MOST_SIDE}x{MOST_SIDE}"
+    if padding is None:
+        return "its padding differs from one side to the other"
+    if prod(bind(conv)["stride"]) > MOST_STRIDE:
+        return "by its stride it reads so much more than it writes that one op would read more"
+    node = conv.next
+    while node is not norm:
+        if not _harmless(node, {attribute.target for attribute in conv.all_input_nodes}):
+            return f"node {node.name!r} in between changes what they are given or how they run"
+        node = node.next
+    return None
+
+
+def _padding(conv: fx.Node, kernel: Tensor) -> list[int] | None:
+    """The padding of a conv in numbers; None where it has none."""
+    given = bind(conv)
+    if given["padding"] == "valid":
+        return [0, 0]
+    if given["padding"] != "same":
+        return [*given["padding"]]
+    reach = [d * (k - 1) for d, k in zip(given["dilation"], kernel.shape[2:], strict=True)]
+    return None if any(n % 2 for n in reach) else [n // 2 for n in reach]
+
+
+def _harmless(node: fx.Node, used: Set[Any]) -> bool:
+    """Whether a conv before a node, which takes the attributes `used`, may as well run after it."""
+    if node.op != "call_function":
+        return node.op in ("get_attr", "placeholder")
+    if not isinstance(node.target, OpOverload):
+        return node.target is operator.getitem
+    changed = node.args[0] if node.args else None
+    counts = isinstance(changed, fx.Node) and changed.op == "get_attr" and changed.target not in used
+    return counts or not schema(node.target).is_mutable  # what a norm counts are batches
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Stands for an argument of the fused node by its position; -1 is the conv."""
+
+    position: int
+
+
+def _fuse(pair: Pair) -> None:
+    conv, norm = pair.conv, pair.norm
+    assert norm is not None
+    first, second = bind(conv), bind(norm)
+    args = [first["input"], first["weight"], first["bias"]]
+    args += [second[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    args += [[*first["stride"]], pair.padding, [*first["dilation"]]]
+    args += [second[name] for name in ("training", "momentum", "eps")]
+
+    def refer(value: Any) -> Any:
+        return value if not isinstance(value, fx.Node) else _Given(-1 if value is conv else args.index(value))
+
+    def told(node: fx.Node) -> tuple[Any, ...]:
+        given = pytree.tree_map(refer, (node.args, dict(node.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
+        return node.name, node.target, *given, dict(node.meta)
+
+    graph = norm.graph
+    with graph.inserting_before(norm):
+        fused = graph.call_function(depthwise_norm, tuple(args))
+    fused.meta |= dict(norm.meta) | {_FUSED: (told(conv), told(norm))}
+    norm.replace_all_uses_with(fused)
+    graph.erase_node(norm)
+    graph.erase_node(conv)
+
+
+def two_again(graph: fx.Graph) -> None:
+    """Undo the pass, in place, on a copy of the graph that it gave, in which the old names are free."""
+    for fused in [node for node in graph.nodes if _FUSED in node.meta]:
+        given = dict(enumerate(fused.args))
+        for name, target, args, kwargs, meta in fused.meta[_FUSED]:
+            args, kwargs = pytree.tree_map_only(_Given, lambda at, given=given: given[at.position], (args, kwargs))
+            with graph.inserting_before(fused):
+                given[-1] = graph.create_node("call_function", target, args, kwargs, name)
+            given[-1].meta |= meta
+        fused.replace_all_uses_with(given[-1])
+        graph.erase_node(fused)
