@@ -133,7 +133,8 @@ class DynamicTeacher(nn.Module):
         """Run the student's module with composed tensors, by canonical name."""
         state = {place: tensors[name] for place, name in self._places.items() if name in tensors}
         kernels = [tensors[name] for name in self._fused["train" if self.training else "eval"] if name in tensors]
-        with FusingCalls(kernels) if kernels else contextlib.nullcontext():
+        eager = not torch.compiler.is_compiling()  # torch 2.11 cannot compile what the calls go through
+        with FusingCalls(kernels) if kernels and eager else contextlib.nullcontext():
             return call_with(self.skeleton, state, args, kwargs, self._recurrent)
 
     def as_graph(self, mode: Literal["train", "eval"] = "eval") -> fx.GraphModule:
@@ -220,7 +221,7 @@ class DynamicTeacher(nn.Module):
 
         The results are the same. On CUDA the op is a few Triton kernels that never write the conv's output, which takes
         fewer passes over the activations and less memory (see `gpd_fx.kernels.depthwise`); elsewhere it is the two ops
-        that it stands for. It holds for both modes until the next call, and is not saved.
+        that it stands for. The student's convs stay two ops inside `torch.compile`. It holds for both modes until the next call, and is not saved.
 
         Args:
             on: False runs all of them as two ops again.

@@ -221,14 +221,14 @@ def differentiate_conv(
         origin = _origin(image, c, out_height * out_width, channels, last)
         total = tl.zeros_like(value)
         for i in range(kh):
+            h = row + ph - i * dh
+            down = h // sh
+            high = inside & (h >= 0) & (h % sh == 0) & (down < out_height)
             for j in tl.static_range(kw):
-                h = row + ph - i * dh
                 v = column + pw - j * dw
-                valid = inside & (h >= 0) & (v >= 0) & (h % sh == 0) & (v % sw == 0)
-                h, v = h // sh, v // sw
-                valid &= (h < out_height) & (v < out_width)
-                used = valid[:, None] & there[None, :]
-                place = origin + ((h * out_width + v) * pixel)[:, None]
+                across = v // sw
+                used = (high & (v >= 0) & (v % sw == 0) & (across < out_width))[:, None] & there[None, :]
+                place = origin + ((down * out_width + across) * pixel)[:, None]
                 up = tl.load(dz + place, used, other=0.0).to(tl.float32)
                 made = tl.load(normal + place, used, other=0.0).to(tl.float32)
                 dy = tl.where(used, up - shift[None, :] - made * slope[None, :], 0.0)

@@ -128,7 +128,8 @@ class Call:
         reach = (conv.dilation[0] * (conv.kernel[0] - 1), conv.dilation[1] * (conv.kernel[1] - 1))
         self.over_outputs = Grid.of(x, self.out, (*conv.stride, *reach), ELEMENTS, self.last)
         back = (ceil(reach[0] / conv.stride[0]), ceil(reach[1] / conv.stride[1]))
-        elements = INPUTS if max(conv.kernel) < MOST_SIDE else INPUTS // 2
+        light = max(conv.kernel) < MOST_SIDE and max(conv.stride) == 1  # else a tile does not fit into the registers
+        elements = INPUTS if light else INPUTS // 2
         self.over_inputs = Grid.of(x, (height, width), (1, 1, *back), elements, self.last)
 
     def start(self, name: str, grid: Grid, *args: Any, warps: int, **constants: Any) -> None:
@@ -202,7 +203,8 @@ def backward(
     count = float(call.count)
     args = (call.x, call.weight, gamma, statistics, sums, dz, normal, dx, partial, count, *call.sizes)
     taps = 2 ** (prod(conv.kernel) - 1).bit_length()
-    call.start("differentiate_conv", grid, *args, warps=2, has_gamma=gamma is not None, taps=taps)
+    warps = 2 if max(conv.kernel) < MOST_SIDE else 4
+    call.start("differentiate_conv", grid, *args, warps=warps, has_gamma=gamma is not None, taps=taps)
     call.add_up(partial, dw)
 
 
