@@ -221,7 +221,8 @@ class DynamicTeacher(nn.Module):
 
         The results are the same. On CUDA the op is a few Triton kernels that never write the conv's output, which takes
         fewer passes over the activations and less memory (see `gpd_fx.kernels.depthwise`); elsewhere it is the two ops
-        that it stands for. The student's convs stay two ops inside `torch.compile`. It holds for both modes until the next call, and is not saved.
+        that it stands for. Inside `torch.compile` the student's convs stay two ops. It holds for both modes until the
+        next call, and is not saved.
 
         Args:
             on: False runs all of them as two ops again.
