@@ -78,6 +78,7 @@ def jobs_of(device: torch.device) -> Iterator[Job]:
 
 
 def _on_cuda(device: torch.device) -> Iterator[Job]:
+    # `expand` and files for ONNX Runtime are the CPU's business, and measured there
     large = Setting(batch=256, resolution=224, channels_last=True, amp="bf16")
     yield compose_job(RESNET18, "orepa", 15, device, 12)
     yield step_job(large, NAMES, 10, device, 90)
@@ -91,8 +92,6 @@ def _on_cuda(device: torch.device) -> Iterator[Job]:
     yield depthwise_job(depthwise.Setting(256, "bfloat16", True, "inductor"), 10, device, 40)
     yield depthwise_job(depthwise.Setting(64), 10, device, 15)
     yield compose_job(RESNET50, "orepa", 10, device, 20)
-    yield onnx_job(RESNET18, 224, 40, 25)
-    yield expand_job(RESNET18, 3, 30)
 
 
 def _on_cpu(device: torch.device) -> Iterator[Job]:
