@@ -125,6 +125,7 @@ def test_the_verdict_is_plain() -> None:
     assert "only on 2 of 3 seeds: mean +0.40 points" in verdict([1.0, 0.5, -0.3])
     assert verdict([-1.0, 0.5]).startswith("The student did not gain from GPD: mean -0.25 points")
     assert verdict([0.0]).startswith("The student did not gain")
+    assert verdict([-0.34, 0.34, 0.001]).startswith("The student did not gain from GPD: mean +0.00 points")
     assert "on the one seed" in verdict([0.2])
 
 

@@ -507,6 +507,7 @@ def test_one_composition_serves_both(randomise: Randomise) -> None:
     teacher = gpd_fx.expand(randomise(Net()).double(), 2.0, (images(),))
     with torch.autograd.profiler.profile(use_cpu=True) as profile:
         teacher.both(images())
+    assert profile is not None
     assert sum(event.name == "gpd_fx::compose" for event in profile.function_events or ()) == 1
 
 

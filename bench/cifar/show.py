@@ -31,7 +31,7 @@ def draw(records: Records, names: Sequence[str], path: Path) -> None:
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "gpd_fx"  # the same picture from the same numbers
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     runs = {name: finals(records, name) for name in names}
     runs = {name: found for name, found in runs.items() if found}
@@ -50,13 +50,15 @@ def draw(records: Records, names: Sequence[str], path: Path) -> None:
             ahead = [t - s for t, s in zip(_means(found, "teacher"), _means(found, "student"), strict=True)]
             gaps.plot(epochs, ahead, color=colour, label=title)
     points.set_xticks(range(len(runs)), [ARMS[name].title for name in runs], rotation=30, ha="right", fontsize=8)
-    points.set(ylabel="student's accuracy at the end, %: each seed, and the mean")
-    curves.set(xlabel="epoch", ylabel="accuracy, %: students, and dashed their dynamic teachers")
-    gaps.set(xlabel="epoch", ylabel="dynamic teacher ahead of its student, points")
+    points.set(title="the student at the end: each seed, and the mean", ylabel="accuracy, %")
+    curves.set(title="students, and dashed their dynamic teachers", xlabel="epoch", ylabel="accuracy, %")
+    gaps.set(title="dynamic teacher ahead of its student", xlabel="epoch", ylabel="points")
     gaps.axhline(0, color="grey", linewidth=0.5)
     curves.legend(fontsize=8)
     for axis in (points, curves, gaps):
         axis.grid(alpha=0.3)
+    for axis in (curves, gaps):
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 

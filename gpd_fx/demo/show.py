@@ -29,7 +29,7 @@ def verdict(gains: Sequence[float]) -> str:
     """Whether the student gained from GPD, in one plain sentence; `gains` are percentage points per seed."""
     mean, gained = statistics.fmean(gains), sum(gain > 0 for gain in gains)
     numbers = f"mean {mean:+.2f} points, per seed {', '.join(f'{gain:+.2f}' for gain in gains)}"
-    if mean <= 0:
+    if round(mean, 2) <= 0:  # as it is printed
         return f"The student did not gain from GPD: {numbers}."
     if gained == len(gains):
         return f"The student gained from GPD on {'every' if gained > 1 else 'the one'} seed: {numbers}."
