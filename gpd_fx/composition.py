@@ -313,7 +313,7 @@ class Composition(nn.Module):
             operands = [place for n in network.taken for place in self._slots[n].operands(apart)]
             weights = [_Place(slot.owner, slot.leaf, None) for slot in self._slots]
             program = self._programs[key] = _Program(network, tuple(weights), tuple(operands))
-        return program.network(Tree.gather(program.weights), Tree.gather(program.operands))
+        return program.network.run(Tree.gather(program.weights), Tree.gather(program.operands))
 
     def _beside(self, apart: ApartSet) -> dict[str, Tensor]:
         """What the branches that run apart need in the teacher."""

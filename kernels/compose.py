@@ -73,7 +73,7 @@ class Network:
         last = tuple([recipe.last for recipe in recipes])
         return Network("\n".join(text), tuple(taken), tuple(wide), tuple(narrow), last)
 
-    def __call__(self, weights: Sequence[Tensor], operands: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def run(self, weights: Sequence[Tensor], operands: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's and the student's tensors, from all weights and the operands of the layers `taken`."""
         made = composed([weights[n] for n in self.taken], operands, self.recipes) if self.taken else ()
         wide = [weights[n] if place is None else made[place] for n, place in enumerate(self.wide)]
@@ -93,4 +93,4 @@ def compose(layers: Sequence[Layer], teacher: bool = True, student: bool = True)
     """
     network = Network.of([Recipe.of(layer) for layer in layers], teacher, student)
     operands = [tensor for n in network.taken for tensor in flatten(layers[n])]
-    return network([layer.weight for layer in layers], operands)
+    return network.run([layer.weight for layer in layers], operands)
