@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import markdown
 from bench.everything import RESULTS
 from bench.measure import Row
 from bench.section import Results, Section
@@ -32,10 +33,6 @@ def _device(results: Results) -> str:
         sections = [section for section in results.sections if section.kind == kind]
         lines += ["", *table(sections)] if sections else []
     return "\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def _model(section: Section) -> str:
@@ -68,7 +65,7 @@ def _steps(sections: Sequence[Section]) -> list[str]:
             times = [f"{1000 * plain.median:.0f} ms", *(_ratio(section, n + suffix) for n in ("gpd_fx", "einsum"))]
             rows.append([*case, *times, _ratio(section, "convs") if not suffix else "", copies])
     head = ["training step", "branches", "batch", "", "plain", "**gpd_fx**", "einsum", "convs", "memory"]
-    return _table(head, rows)
+    return markdown.table(head, rows)
 
 
 def _number(row: Row, key: str, form: str) -> str:
@@ -88,7 +85,7 @@ def _compositions(sections: Sequence[Section]) -> list[str]:
                 [name, _branches(section.options), f"{1000 * ours.median:.3g} ms", f"{1 / ours.ratio:.1f}", *figures]
             )
     head = ["composition, forward and backward", "branches", "time", "faster than einsum", "share of a copy", "kernels"]
-    return _table(head, rows)
+    return markdown.table(head, rows)
 
 
 def _files(sections: Sequence[Section]) -> list[str]:
@@ -99,7 +96,7 @@ def _files(sections: Sequence[Section]) -> list[str]:
             continue
         ratios = [f"{second.figures[key] / first.figures[key]:.3f}" for key in ("nodes", "bytes")]
         rows.append([_model(section), *ratios, _ratio(section, "student")])
-    return _table(["student's ONNX file, over the original's", "nodes", "bytes", "latency"], rows)
+    return markdown.table(["student's ONNX file, over the original's", "nodes", "bytes", "latency"], rows)
 
 
 def _expansions(sections: Sequence[Section]) -> list[str]:
@@ -108,7 +105,7 @@ def _expansions(sections: Sequence[Section]) -> list[str]:
         first, second = section.row("two captures"), section.row("expand")
         if first is not None and second is not None and second.median is not None:
             rows.append([_model(section), f"{second.median:.1f} s", _ratio(section, "expand")])
-    return _table(["expand, over the two captures it needs", "time", "ratio"], rows)
+    return markdown.table(["expand, over the two captures it needs", "time", "ratio"], rows)
 
 
 def put(readme: str, text: str) -> str:
@@ -117,11 +114,7 @@ def put(readme: str, text: str) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the README has no {BEGIN!r} with {END!r} after it")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    return markdown.put(readme, text, BEGIN, END, "the README")
 
 
 def load_all(folder: Path = RESULTS) -> dict[str, Results]:

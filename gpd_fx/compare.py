@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 
 from gpd_fx.precision import COMPLEX
 
+CONDITIONING = 100.0
+"""An error may be this many times what one unit in the last place of the input does, see `nudged`."""
+
 
 def relative_error(expected: Any, actual: Any) -> float:
     """max |difference| / max |output| over all tensors of two outputs; inf where they do not compare."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gpd_fx.kernels.depthwise import depthwise_norm
-from gpd_fx.kernels.depthwise_launch import Conv
+from gpd_fx.kernels.depthwise_launch import Conv, padding_of
 
 _OF_SHAPE = {
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point),
@@ -140,12 +140,10 @@ def _conv2d(
     def pair(value: Any) -> list[int]:
         return [value, value] if isinstance(value, int) else [value[0], value[-1]]
 
-    strides, dilations = pair(stride), pair(dilation)
-    if isinstance(padding, str):
-        reach = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
-        padding = [n // 2 for n in reach] if padding == "same" else [0, 0]
+    numbers = padding_of(padding, weight.shape[2:], pair(dilation))
+    assert numbers is not None  # or the pass would have left the conv alone
     given = {"x": input, "weight": weight, "bias": bias}
-    return given | {"stride": strides, "padding": pair(padding), "dilation": dilations}
+    return given | {"stride": pair(stride), "padding": numbers, "dilation": pair(dilation)}
 
 
 def _batch_norm(

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gpd_fx.checkpoint import plan_digest
-from gpd_fx.compare import nudged, random_like, relative_error
+from gpd_fx.compare import CONDITIONING, nudged, random_like, relative_error
 from gpd_fx.errors import ArgumentError, VerificationError
 from gpd_fx.expansion import make_draft, make_teacher, study_model
 from gpd_fx.layout import ParamPlan
@@ -40,7 +40,6 @@ from gpd_fx.teacher import DynamicTeacher
 from gpd_fx.widening import parents
 
 _TOLERANCE = 1e-9
-_CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
 
 
 @torch.inference_mode(mode=False)  # as in `expand`: what is captured depends on it
@@ -157,7 +156,7 @@ def _check(before: DynamicTeacher, after: DynamicTeacher, ratio: Ratio) -> None:
         error = relative_error(expected, actual)
         if error > _TOLERANCE:
             again = relative_error(expected, run(before, training, nudged((args, kwargs), torch.float64)))
-            if not error <= _CONDITIONING * again:
+            if not error <= CONDITIONING * again:
                 mode = "train" if training else "eval"
                 raise VerificationError(
                     f"in {mode} mode the grown teacher differs from the old one by {error:.1e} of its output (one unit "

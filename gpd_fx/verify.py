@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from gpd_fx.calls import unchanged
-from gpd_fx.compare import nudged, random_like
+from gpd_fx.compare import CONDITIONING, nudged, random_like
 from gpd_fx.compare import relative_error as relative_error
 from gpd_fx.errors import VerificationError
 from gpd_fx.layout import ParamPlan
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from gpd_fx.teacher import DynamicTeacher
 
 TOLERANCE = 1e-9
-_CONDITIONING = 100.0  # an error may be this many times what one unit in the last place of the input does
 _ROOM = 30.0  # in float32, times the model's own rounding error: wide sums are longer, and ordered otherwise
 _FEW = 32.0  # units of rounding that are always allowed in float32
 _ROUNDINGS = 1e5  # how many units of rounding a deep network may gather in its own dtype
@@ -191,7 +190,7 @@ class _Check:
         if error <= TOLERANCE:
             return error
         conditioning = relative_error(expected, self._plain(DOUBLE, nudged(self.inputs, DOUBLE.real)))
-        if error <= _CONDITIONING * conditioning:
+        if error <= CONDITIONING * conditioning:
             return error
         raise self._differs(DOUBLE, error, f"one unit in the last place of the input: {conditioning:.1e}")
 

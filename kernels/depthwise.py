@@ -14,7 +14,6 @@ x̂ (or dy, or y) once. On CUDA both are Triton kernels; elsewhere the operator 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,11 +23,11 @@ from torch.nn import functional
 
 from gpd_fx.kernels import depthwise_launch
 from gpd_fx.kernels.depthwise_launch import MOST_SIDE, Conv, lies_last, lying
+from gpd_fx.kernels.launch import DTYPES, available
 
 aten = torch.ops.aten
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = 2**31 - 1  # offsets within an image are 32-bit
-_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON = available()  # a constant, since a compiler goes through what asks for it
 
 
 def depthwise_norm(

@@ -144,6 +144,24 @@ class Call:
         _launch("add_up", grid, partial, result, len(partial), size, rows=_ROWS, block=_COLUMNS, num_warps=4)
 
 
+def padding_of(given: str | int | Sequence[int], size: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
+    """The padding that conv2d is given, in numbers; None where it differs from one side to the other.
+
+    Args:
+        given: "same", "valid" or numbers.
+        size: of the kernel.
+        dilation: of its taps.
+    """
+    if isinstance(given, int):
+        return [given, given]
+    if given == "valid":
+        return [0, 0]
+    if given != "same":
+        return [int(given[0]), int(given[-1])]
+    reach = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+    return None if any(n % 2 for n in reach) else [n // 2 for n in reach]
+
+
 def lies_last(x: Tensor) -> bool:
     """Whether a tensor's channels lie together."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gpd_fx.kernels.depthwise import depthwise_norm
-from gpd_fx.kernels.depthwise_launch import MOST_SIDE
+from gpd_fx.kernels.depthwise_launch import MOST_SIDE, padding_of
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.paths import fetch, with_graph
 from gpd_fx.private import OpOverload, copy_graph, schema
@@ -74,7 +74,8 @@ def pairs_of(module: fx.GraphModule, but: Mapping[str, str]) -> Iterator[Pair]:
         if not isinstance(kernel, Tensor) or not layout.groups == len(kernel) > 1 == kernel.shape[1]:
             continue
         norm = next(iter(node.users), None)
-        padding = _padding(node, kernel)
+        conv = bind(node)
+        padding = padding_of(conv["padding"], kernel.shape[2:], conv["dilation"])
         reason = _obstacle(node, norm, kernel, padding)
         if reason is None and norm is not None:
             taken = [str(given.target) for given in (*node.all_input_nodes, *norm.all_input_nodes)]
@@ -100,17 +101,6 @@ def _obstacle(conv: fx.Node, norm: fx.Node | None, kernel: Tensor, padding: list
             return f"node {node.name!r} in between changes what they are given or how they run"
         node = node.next
     return None
-
-
-def _padding(conv: fx.Node, kernel: Tensor) -> list[int] | None:
-    """The padding of a conv in numbers; None where it has none."""
-    given = bind(conv)
-    if given["padding"] == "valid":
-        return [0, 0]
-    if given["padding"] != "same":
-        return [*given["padding"]]
-    reach = [d * (k - 1) for d, k in zip(given["dilation"], kernel.shape[2:], strict=True)]
-    return None if any(n % 2 for n in reach) else [n // 2 for n in reach]
 
 
 def _harmless(node: fx.Node, used: Set[Any]) -> bool:

@@ -11,14 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from gpd_fx.kernels import depthwise_kernels, depthwise_launch
 from gpd_fx.kernels.depthwise_launch import Conv
-from tests.compile_tiles import amd, nvidia
+from tests.compile_tiles import asked, figures
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportAttributeAccessIssue=false
@@ -64,25 +61,13 @@ def compiled(name: str, args: tuple[Any, ...], constants: dict[str, Any], target
             return f"*{TYPES[value.dtype]}"
         return "fp32" if isinstance(value, float) else "i32"
 
-    signature = dict(zip(kernel.arg_names, map(kind, args), strict=False)) | dict.fromkeys(constants, "constexpr")
-    made = triton.compile(
-        ASTSource(
-            fn=kernel,
-            signature=signature,
-            constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
-            attrs={(n,): [["tt.divisibility", 16]] for n, value in enumerate(args) if isinstance(value, torch.Tensor)},
-        ),
-        target=target,
-        options=options,
-    )
-    found = {"kernel": name, "shared": made.metadata.shared}
-    return found | (amd(made.asm["amdgcn"]) if target.backend == "hip" else nvidia(made.asm["ptx"], target.arch))
+    kinds = dict(zip(kernel.arg_names, map(kind, args), strict=False))
+    return {"kernel": name} | figures(kernel, kinds, constants, target, options)
 
 
 def main() -> None:
     """Compile all variants for the target named on the command line."""
-    backend, arch = sys.argv[1:]
-    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    target = asked()
     depthwise_launch._launch = note  # pyright: ignore[reportPrivateUsage]  to see what would be started
     rows: list[dict[str, Any]] = []
     for label, case in CASES.items():

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,29 @@ def compiled(name: str, target: Any, dtype: Any, few: int) -> dict[str, Any]:
     kernel = getattr(tile_kernels, name)
     hip = target.backend == "hip"
     constants = launch.constants(blocks, few=few, small=True, large=True, lines=True, hip=hip, dtype=dtype)
+    found = {"kernel": name, "dtype": str(dtype), "few": few}
+    return found | figures(kernel, POINTERS, constants, target, blocks.options())
+
+
+def figures(
+    kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], target: Any, options: dict[str, Any]
+) -> dict[str, int]:
+    """Compile a kernel; pointers among its arguments, whose kinds are given in order, are taken for aligned ones."""
     source = ASTSource(
         fn=kernel,
-        signature={**POINTERS, **dict.fromkeys(constants, "constexpr")},
+        signature={**kinds, **dict.fromkeys(constants, "constexpr")},
         constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
-        attrs={(n,): [["tt.divisibility", 16]] for n in range(len(POINTERS))},
+        attrs={(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds.values()) if kind.startswith("*")},
     )
-    made = triton.compile(source, target=target, options=blocks.options())
-    found = {"kernel": name, "dtype": str(dtype), "few": few, "shared": made.metadata.shared}
-    return found | (amd(made.asm["amdgcn"]) if hip else nvidia(made.asm["ptx"], target.arch))
+    made = triton.compile(source, target=target, options=options)
+    told = amd(made.asm["amdgcn"]) if target.backend == "hip" else nvidia(made.asm["ptx"], target.arch)
+    return {"shared": made.metadata.shared} | told
+
+
+def asked() -> Any:
+    """The target named on the command line."""
+    backend, arch = sys.argv[1:]
+    return GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
 
 
 def nvidia(ptx: str, arch: int) -> dict[str, int]:
@@ -78,8 +93,7 @@ def amd(assembly: str) -> dict[str, int]:
 
 def main() -> None:
     """Compile all variants for the target named on the command line."""
-    backend, arch = sys.argv[1:]
-    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    target = asked()
     names, dtypes = ("compose_tiles", "differentiate_tiles"), (tl.float32, tl.float16, tl.bfloat16)
     rows = [compiled(name, target, dtype, 16) for name, dtype in itertools.product(names, dtypes)]
     sys.stdout.write(json.dumps(rows) + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from bench.cifar.arms import ABLATION, LOSSES, MAIN
 from bench.cifar.show import draw
 from bench.cifar.tables import COLUMNS, Records, markdown, rates_of, rows_of
+from bench.markdown import put
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cifar.md"
@@ -42,11 +43,10 @@ def renewed(page: str, records: Records) -> str:
     Raises:
         SystemExit: the page has no markers.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE} has no line {BEGIN!r} with a later {END!r}")
-    return f"{before}{begin}\n{render(records)}{end}{after}"
+    try:
+        return put(page, render(records).removesuffix("\n"), BEGIN, END, str(PAGE))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def write(records: Records) -> None:

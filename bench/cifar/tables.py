@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.cifar.arms import ARMS
+from bench.markdown import table
 
 COLUMNS = ("arm", "rate", "runs", "student", "gain", "over", "seeds ahead", "dynamic teacher", "ahead by", "cost")
 Records = Sequence[dict[str, Any]]
@@ -69,4 +70,4 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for a page."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(table(head, rows)) + "\n"
