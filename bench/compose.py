@@ -170,7 +170,7 @@ class Cases:
         _, case = self.make("grouped", compose)
 
         def call() -> None:
-            with mock.patch.multiple(launch, usable=lambda tensors: True, _launch=lambda *given: None):  # pyright: ignore[reportUnknownLambdaType]
+            with mock.patch.multiple(launch, usable=lambda tensors: True, _launch=lambda *given, **told: None):  # pyright: ignore[reportUnknownLambdaType]
                 case.run()
 
         return Case(f"{HOST}, both", call, case.checks)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-TASK = 6
-"""What a task says of itself, integers: the layer, the kind, whether it is small, the group, where its blocks start."""
+TASK = 7
+"""What a task says of itself, integers: layer, kind, whether it is small, group, where its blocks start, part."""
 
-GEO = 20
-"""What is known of a layer, integers: sizes, where its maps start, how alpha is indexed, three lines."""
+GEO = 22
+"""What is known of a layer, integers: sizes, where its maps start, how alpha is indexed, three lines, parts."""
 GROUPS, OUTPUTS, TAPS, INPUTS, WIDTH = range(5)
 ROW_MAP, COLUMN_MAP, STUDENT_TAP, ROW_GROUP, COLUMN_GROUP = range(5, 10)
 LINE = 10  # length, first tap, step between taps
+PARTS, PART, PART_PLACE = range(19, 22)  # how many, of how many lines, and where they are kept, in units of UNIT
+UNIT = 64
 
 DYN = 54
 """Addresses and strides of a layer's tensors; an address of zero: there is none."""

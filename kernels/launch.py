@@ -17,12 +17,12 @@ from torch import Tensor
 from gpd_fx.kernels.addresses import Rows, backward_rows, forward_rows
 from gpd_fx.kernels.forms import form_of
 from gpd_fx.kernels.recipe import OUTPUT_FILTER, Recipe, parse, starts_of
-from gpd_fx.kernels.tables import Blocks, Tables, tables_of
+from gpd_fx.kernels.tables import SUMMED_AT_ONCE, Blocks, Tables, tables_of
 from gpd_fx.kernels.transfer import Sent, refuse_capture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FORWARD = Blocks(outputs=16, inputs=64, inner=32, rows=64, warps=8, stages=1)
-BACKWARD = Blocks(outputs=16, inputs=64, inner=32, rows=64, warps=8, stages=1)
+FORWARD = Blocks(lines=32, outputs=16, inputs=64, inner=32, part=2048, warps=8, stages=1)
+BACKWARD = Blocks(lines=32, outputs=16, inputs=64, inner=32, part=2048, warps=8, stages=1)
 TUNED: dict[str, tuple[Blocks, Blocks]] = {}
 """What `python -m bench tune` found best, forward and backward, by `architecture`; elsewhere the two above."""
 _tried: list[tuple[Blocks, Blocks]] = []
@@ -98,7 +98,7 @@ class Plan:
         made = self.rows.blanks(like)
         addresses = [t.data_ptr() for t in read]
         addresses += [t.data_ptr() for t in made]
-        _launch(self._kernel, tables, self._sent.send(self.rows, addresses, device), blocks, like)
+        _run(self._kernel, tables, self._sent.send(self.rows, addresses, device), blocks, like)
         for result, tensor in zip(self.rows.results, made, strict=True):
             results[result.place] = tensor
         return True
@@ -154,36 +154,51 @@ def differentiable(recipe: Recipe, needed: Sequence[bool]) -> bool:
     return supported(recipe)
 
 
-def _launch(name: str, tables: Tables, addresses: Tensor, blocks: Blocks, like: Tensor) -> None:
-    """Start a kernel, one program a task."""
+def _run(name: str, tables: Tables, addresses: Tensor, blocks: Blocks, like: Tensor) -> None:
+    """Start a kernel, and after it the one that adds the parts of sums where it leaves some."""
     import triton.language as tl  # triton is an extra, and there is none for every system
 
-    from gpd_fx.kernels import tile_kernels
-
     dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[like.dtype]
-    hip = torch.version.hip is not None
-    few, small, large, lines = tables.few, tables.small, tables.large, tables.lines
+    told = constants(
+        blocks,
+        few=tables.few,
+        taps=tables.taps,
+        small=tables.small,
+        large=tables.large,
+        lines=tables.lines,
+        hip=torch.version.hip is not None,
+        dtype=dtype,
+    )
+    told |= blocks.options()
+    layers = [addresses, tables.geometry]
     with torch.cuda.device_of(like):
-        getattr(tile_kernels, name)[(len(tables.tasks),)](
-            tables.tasks,
-            addresses,
-            tables.geometry,
-            tables.maps,
-            **constants(blocks, few=few, small=small, large=large, lines=lines, hip=hip, dtype=dtype),
-            **blocks.options(),
-        )
+        if name == "compose_tiles":
+            _launch(name, tables.tasks, *layers, tables.maps, **told)
+            return
+        scratch = torch.empty(tables.scratch, dtype=torch.float32, device=like.device)
+        _launch(name, tables.tasks, *layers, tables.maps, scratch, **told)
+        if len(tables.sums):
+            _launch("add_parts", tables.sums, *layers, scratch, block=SUMMED_AT_ONCE, dtype=dtype)
+
+
+def _launch(name: str, tasks: Tensor, *tensors: Tensor, **told: Any) -> None:
+    """Start a kernel, one program a task."""
+    from gpd_fx.kernels import tile_kernels  # needs triton
+
+    getattr(tile_kernels, name)[(len(tasks),)](tasks, *tensors, **told)
 
 
 def constants(
-    blocks: Blocks, *, few: int, small: bool, large: bool, lines: bool, hip: bool, dtype: object
+    blocks: Blocks, *, few: int, taps: int, small: bool, large: bool, lines: bool, hip: bool, dtype: object
 ) -> dict[str, Any]:
     """What a kernel is compiled for: the sizes of tiles, the variant, AMD's devices or NVIDIA's, and triton's dtype."""
     return {
         "outputs_block": blocks.outputs,
         "inputs_block": blocks.inputs,
         "inner": blocks.inner,
-        "rows_block": blocks.rows,
+        "lines_block": blocks.lines,
         "few": few,
+        "most_taps": taps,
         "has_small": small,
         "has_large": large,
         "has_lines": lines,

@@ -7,26 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpd_fx.kernels.columns import UNIT
 from gpd_fx.kernels.forms import MOST_LINES, Form, form_of, lines_of, maps_of
 from gpd_fx.kernels.recipe import INPUT_FILTER, PRODUCT, Recipe
 
 FEW = 16
-"""Up to so many inputs a group, a layer's tiles take rows of several groups."""
+"""Up to so many inputs a group, a layer's tiles take lines of several groups."""
+SUMMED_AT_ONCE = 1024
+"""How many numbers a program of the last launch makes of their parts."""
+
+Task = tuple[int, int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The sizes of tiles, and how many warps work on one."""
+    """The sizes of tiles, and how many warps work on one.
 
+    Attributes:
+        lines: of a product's tiles, and of the forward pass's.
+        outputs: of the tiles of what sums over taps.
+        inputs: of all tiles.
+        inner: how many inner channels of a product are taken at a time.
+        part: how many lines of a layer one program sums at most.
+        warps, stages: what triton is told.
+    """
+
+    lines: int
     outputs: int
     inputs: int
     inner: int
-    rows: int
+    part: int
     warps: int
     stages: int
 
@@ -37,12 +52,23 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tables:
-    """What the kernels read of a network's layers, and which variants they need."""
+    """What the kernels read of a network's layers, and which variants they need.
+
+    Attributes:
+        geometry, maps, tasks: the tables; `sums` are the tasks of the launch that adds parts.
+        scratch: how many numbers the parts take.
+        few: inputs a group of a small layer, at most.
+        taps: of a large layer with a filter an input channel, at most; the two are powers of 2.
+        small, large, lines: whether there are such layers.
+    """
 
     geometry: Tensor
     maps: Tensor
     tasks: Tensor
+    sums: Tensor
+    scratch: int
     few: int
+    taps: int
     small: bool
     large: bool
     lines: bool
@@ -52,8 +78,9 @@ def tables_of(recipes: Sequence[Recipe], needed: Sequence[str] | None, blocks: B
     """Sizes, maps and tasks of the layers: for the tensors, or for the gradients that are needed."""
     geometry: list[int] = []
     maps: list[Tensor] = []
-    tasks: list[tuple[int, ...]] = []
-    length, few, has_lines = 0, 1, False
+    tasks: list[Task] = []
+    sums: list[Task] = []
+    length, scratch, few, most_taps, has_lines = 0, 0, 1, 1, False
     for layer, recipe in enumerate(recipes):
         form = form_of(recipe)
         assert form is not None
@@ -63,55 +90,90 @@ def tables_of(recipes: Sequence[Recipe], needed: Sequence[str] | None, blocks: B
         has_lines |= bool(lines)
         geometry += [form.groups, form.outputs, form.taps, form.inputs, width, length, length + len(rows), taps]
         geometry += [form.outputs if form.row_groups else 0, form.inputs if form.column_groups else 0]
-        geometry += [n for line in lines for n in line] + [0] * (3 * (MOST_LINES - len(lines)) + 1)
+        geometry += [n for line in lines for n in line] + [0] * (3 * (MOST_LINES - len(lines)))
         maps += [rows, columns]
         length += len(rows) + len(columns)
-        flags = None if needed is None else [flag == "1" for flag in needed[layer]]
-        tasks += _tasks(layer, form, recipe, width, flags, blocks)
-        if form.inputs <= FEW:
+        wanted = None if needed is None else _wanted(recipe, [flag == "1" for flag in needed[layer]])
+        small = form.inputs <= FEW
+        tasks += _few_tasks(layer, form, wanted, blocks) if small else _tasks(layer, form, width, wanted, blocks)
+        parts = 1 if small else _parts(form, blocks)
+        geometry += [parts, blocks.part, scratch // UNIT]
+        if small:
             few = max(few, form.inputs)
+        elif wanted is not None and wanted.columns:
+            filters = form.taps if any(part.kind == INPUT_FILTER for part in recipe.terms) else 0
+            most_taps = max(most_taps, filters)
+            if parts > 1:
+                sizes = [form.groups * form.inputs * n for n in (width, filters)]
+                sums += [(layer, n, 0, 0, at, 0, 0) for n in range(2) for at in range(0, sizes[n], SUMMED_AT_ONCE)]
+                scratch += -(-parts * sum(sizes) // UNIT) * UNIT
     small = any(task[2] for task in tasks)
     return Tables(
         torch.tensor(geometry, dtype=torch.int32).to(device),
         torch.cat(maps).to(torch.int32).to(device),
         torch.tensor(tasks, dtype=torch.int32).to(device),
-        2 ** (few - 1).bit_length(),
+        torch.tensor(sums, dtype=torch.int32).to(device),
+        scratch,
+        _power(few),
+        max(_power(most_taps), 16),  # the least that a matrix unit takes
         small,
         any(not task[2] for task in tasks),
         has_lines,
     )
 
 
-def _tasks(
-    layer: int, form: Form, recipe: Recipe, width: int, needed: Sequence[bool] | None, blocks: Blocks
-) -> list[tuple[int, ...]]:
-    """The tasks of a layer: (layer, kind, small, group, first, second)."""
-    small = int(form.inputs <= FEW)
-    if small:
-        groups, rows, columns = [0], form.groups * form.outputs, 1
-        row_step, column_step = blocks.rows, 1
-    else:
-        groups, rows, columns = list(range(form.groups)), form.outputs, form.inputs
-        row_step, column_step = blocks.outputs, blocks.inputs
-    row_starts = range(0, rows, row_step)
-    if needed is None:
-        return [(layer, 0, small, g, o, i) for g in groups for o in row_starts for i in range(0, columns, column_step)]
-    of_kernel, of_columns, of_rows = _wanted(recipe, needed)
-    found: list[tuple[int, ...]] = []
-    if of_columns and small:
-        found += [(layer, 2, 1, 0, i, 0) for i in range(0, form.groups * form.inputs, blocks.outputs)]
-    elif of_columns:
-        starts = range(0, max(width, 1), blocks.inner)
-        found += [(layer, 2, 0, g, i, c) for g in groups for i in range(0, columns, column_step) for c in starts]
-    if of_kernel:
-        found += [(layer, 1, small, g, o, 0) for g in groups for o in row_starts]
-    if of_rows:
-        found += [(layer, 0, small, g, o, 0) for g in groups for o in row_starts]
+class Wanted(NamedTuple):
+    """Which kinds of task a layer has for its gradients: 0, 1, and 2."""
+
+    rows: bool
+    kernel: bool
+    columns: bool
+
+
+def _few_tasks(layer: int, form: Form, wanted: Wanted | None, blocks: Blocks) -> list[Task]:
+    """The tasks of a layer of few inputs a group, which take lines, outputs or inputs through all groups."""
+    rows = form.groups * form.outputs
+    if wanted is None:
+        return [(layer, 0, 1, 0, line, 0, 0) for line in range(0, rows * form.taps, blocks.lines)]
+    found: list[Task] = []
+    if wanted.columns:
+        found += [(layer, 2, 1, 0, i, 0, 0) for i in range(0, form.groups * form.inputs, blocks.outputs)]
+    for kind in (1, 0):
+        if wanted[kind]:
+            found += [(layer, kind, 1, 0, o, 0, 0) for o in range(0, rows, blocks.lines)]
     return found
 
 
-def _wanted(recipe: Recipe, needed: Sequence[bool]) -> tuple[bool, bool, bool]:
-    """Whether a layer has tasks of kind 1, 2 and 0."""
+def _tasks(layer: int, form: Form, width: int, wanted: Wanted | None, blocks: Blocks) -> list[Task]:
+    """The tasks of any other."""
+    groups, columns = range(form.groups), range(0, form.inputs, blocks.inputs)
+    if wanted is None:
+        lines = range(0, form.outputs * form.taps, blocks.lines)
+        return [(layer, 0, 0, g, line, i, 0) for g in groups for line in lines for i in columns]
+    found: list[Task] = []
+    if wanted.columns:
+        starts, parts = range(0, max(width, 1), blocks.inner), range(_parts(form, blocks))
+        found += [(layer, 2, 0, g, i, c, part) for g in groups for part in parts for i in columns for c in starts]
+    if wanted.kernel:
+        step = max(blocks.lines // form.taps, 1)
+        found += [(layer, 1, 0, g, o, 0, 0) for g in groups for o in range(0, form.outputs, step)]
+    if wanted.rows:
+        found += [(layer, 0, 0, g, o, 0, 0) for g in groups for o in range(0, form.outputs, blocks.outputs)]
+    return found
+
+
+def _parts(form: Form, blocks: Blocks) -> int:
+    """In how many parts the lines of a layer are summed."""
+    return -(-form.outputs * form.taps // blocks.part)
+
+
+def _power(number: int) -> int:
+    """The next power of 2."""
+    return 2 ** (number - 1).bit_length()
+
+
+def _wanted(recipe: Recipe, needed: Sequence[bool]) -> Wanted:
+    """What a layer's needed gradients take."""
     flags = iter(needed)
     of_rows, of_kernel, of_columns = next(flags), False, False
     for part in recipe.terms:
@@ -124,4 +186,4 @@ def _wanted(recipe: Recipe, needed: Sequence[bool]) -> tuple[bool, bool, bool]:
             of_columns |= mine[2]
         else:
             of_rows |= any(mine)
-    return of_kernel, of_columns, of_rows
+    return Wanted(of_rows, of_kernel, of_columns)

@@ -26,6 +26,10 @@ STUDENT_TAP = tl.constexpr(columns.STUDENT_TAP)
 ROW_GROUP = tl.constexpr(columns.ROW_GROUP)
 COLUMN_GROUP = tl.constexpr(columns.COLUMN_GROUP)
 LINE = tl.constexpr(columns.LINE)
+PARTS = tl.constexpr(columns.PARTS)
+PART = tl.constexpr(columns.PART)
+PART_PLACE = tl.constexpr(columns.PART_PLACE)
+UNIT = tl.constexpr(columns.UNIT)
 WEIGHT = tl.constexpr(columns.WEIGHT)
 TEACHER = tl.constexpr(columns.TEACHER)
 STUDENT = tl.constexpr(columns.STUDENT)
@@ -73,16 +77,22 @@ def sizes(geo):
 
 
 @triton.jit
+def stride(dyn, column: tl.constexpr):
+    """A stride; no tensor of a layer has more elements than 32 bits count."""
+    return tl.load(dyn + column).to(tl.int32)
+
+
+@triton.jit
 def place_of(dyn, g, o, i):
     """Where an element of the weight lies, at the first tap."""
-    return g * tl.load(dyn + STRIDE) + o * tl.load(dyn + STRIDE + 1) + i * tl.load(dyn + STRIDE + 3)
+    return g * stride(dyn, STRIDE) + o * stride(dyn, STRIDE + 1) + i * stride(dyn, STRIDE + 3)
 
 
 @triton.jit
 def kernel_place_of(dyn, g, o, c, k):
     """Where an element of a product's kernel lies."""
-    rows = g * tl.load(dyn + PRODUCT_STRIDE) + o * tl.load(dyn + PRODUCT_STRIDE + 1)
-    return rows + c * tl.load(dyn + PRODUCT_STRIDE + 2) + k * tl.load(dyn + PRODUCT_STRIDE + 3)
+    rows = g * stride(dyn, PRODUCT_STRIDE) + o * stride(dyn, PRODUCT_STRIDE + 1)
+    return rows + c * stride(dyn, PRODUCT_STRIDE + 2) + k * stride(dyn, PRODUCT_STRIDE + 3)
 
 
 @triton.jit
@@ -104,7 +114,7 @@ def both_networks(dyn, geo, maps, g, o, i, mask_o, mask_i, dtype: tl.constexpr):
 @triton.jit
 def upstream(dyn, geo, alpha, here, there, shared, k, mask, dtype: tl.constexpr):
     """The gradient of M at a tap of a tile, from both networks: the tile is as `both_networks` has it."""
-    of_teacher = read(tl.load(dyn + TEACHER), here + k * tl.load(dyn + STRIDE + 2), mask, dtype)
+    of_teacher = read(tl.load(dyn + TEACHER), here + k * stride(dyn, STRIDE + 2), mask, dtype)
     of_student = read(tl.load(dyn + STUDENT), there + k * tl.load(geo + STUDENT_TAP), mask & shared, dtype)
     return alpha * of_teacher + of_student
 

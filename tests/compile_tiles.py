@@ -28,6 +28,9 @@ from gpd_fx.kernels import launch, tile_kernels
 # Triton gives its compiler no types.
 
 POINTERS = {"tasks": "*i32", "dyn": "*i64", "geo": "*i32", "maps": "*i32"}
+SCRATCH = {"scratch": "*fp32"}
+TAPS = 64
+"""Of a kernel of 7x7."""
 
 
 def compiled(name: str, target: Any, dtype: Any, few: int) -> dict[str, Any]:
@@ -35,9 +38,10 @@ def compiled(name: str, target: Any, dtype: Any, few: int) -> dict[str, Any]:
     blocks = launch.FORWARD if name == "compose_tiles" else launch.BACKWARD
     kernel = getattr(tile_kernels, name)
     hip = target.backend == "hip"
-    constants = launch.constants(blocks, few=few, small=True, large=True, lines=True, hip=hip, dtype=dtype)
+    constants = launch.constants(blocks, few=few, taps=TAPS, small=True, large=True, lines=True, hip=hip, dtype=dtype)
+    pointers = POINTERS if name == "compose_tiles" else POINTERS | SCRATCH
     found = {"kernel": name, "dtype": str(dtype), "few": few}
-    return found | figures(kernel, POINTERS, constants, target, blocks.options())
+    return found | figures(kernel, pointers, constants, target, blocks.options())
 
 
 def figures(

@@ -78,7 +78,7 @@ def test_sizes_of_tiles_are_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     result = CliRunner().invoke(app, ["tune", "--tiny", "--out", str(out)])
     assert result.exception is None, result.output
     assert [len(section.rows) for section in Results.load(out).sections] == [2, 2]
-    assert '": (Blocks(outputs=' in result.output
+    assert '": (Blocks(lines=' in result.output
 
 
 def wrong_kernels(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:

@@ -23,6 +23,7 @@ KINDS = ("output", "input", "product", "lines")
 SHAPES = {
     "dense": (KernelLayout(), (17, 19, 2, 2)),
     "3x3": (KernelLayout(), (5, 18, 3, 3)),
+    "7x7": (KernelLayout(), (4, 17, 7, 7)),  # more taps than a tile has lines
     "several tiles": (KernelLayout(), (35, 70, 2, 1)),
     "1x1": (KernelLayout(), (18, 33, 1, 1)),
     "linear": (KernelLayout(), (20, 65)),
@@ -68,12 +69,12 @@ def half(size: int, groups: int = 1) -> tuple[Cut, int]:
     return Cut(groups, kept, length), kept * length
 
 
-def layer_of(name: str, kinds: Sequence[str], alpha: Sequence[int] = (0, 1)) -> Layer:
+def layer_of(name: str, kinds: Sequence[str], alpha: Sequence[int] = (0, 1), width: int = 5) -> Layer:
     layout, shape = SHAPES[name]
     (first, rows), (second, columns) = half(shape[0], layout.groups), half(shape[1])
     rest: tuple[Slice, ...] = (None,) * (len(shape) - 2)
     factors = [torch.rand(n) + 0.5 if d in alpha else None for d, n in enumerate(shape)]
-    made = terms(layout, shape, kinds)
+    made = terms(layout, shape, kinds, width)
     return Layer(weight(*shape), layout, made, tuple(factors), (first, second, *rest), (rows, columns, *shape[2:]))
 
 
@@ -135,6 +136,21 @@ def test_every_form(name: str) -> None:
     with traffic() as found:
         assert worst([layer_of(name, KINDS)]) <= 1e-6
     assert found.launches == ["compose_tiles", "differentiate_tiles"]
+
+
+def test_a_product_of_many_inner_channels() -> None:
+    assert worst([layer_of("several tiles", ("product",), width=67)]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_of_several_parts(dtype: torch.dtype) -> None:
+    """What sums over many outputs is made in parts, which one more launch adds."""
+    names = ("several tiles", "grouped", "stem", "dense", "3x3", "linear")
+    layers = [cast(layer_of(name, KINDS), dtype) for name in names]
+    parts = replace(launch.BACKWARD, part=32)
+    with launch.trying(launch.FORWARD, parts), traffic() as found:
+        assert worst(layers) <= (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert found.launches == ["compose_tiles", "differentiate_tiles", "add_parts"]
 
 
 @pytest.mark.parametrize(
