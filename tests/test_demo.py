@@ -112,9 +112,9 @@ def run(arm: Arm, seed: int, rate: float, accuracy: float | None, seconds: float
 
 
 def test_the_best_rate_is_one_at_which_every_seed_ends_well() -> None:
-    accuracies = {0.03: (0.5, 0.6), 0.1: (0.7, 0.7), 0.3: (0.6, 0.8), 1.0: (0.99, None)}
-    runs = [run("gpd", seed, rate, values[seed]) for rate, values in accuracies.items() for seed in (0, 1)]
-    assert best_rate(runs, "gpd") == 0.1
+    accuracies = [(0.5, 0.6), (0.7, 0.7), (0.6, 0.8), (0.99, None)]
+    runs = [run("gpd", n, rate, values[n]) for rate, values in zip(RATES, accuracies, strict=True) for n in (0, 1)]
+    assert best_rate(runs, "gpd") == RATES[1]
     assert str(runs[0]) == "50.00% (teacher 50.00%)"
     assert str(runs[-1]) == "diverged"
     assert cost_ratio([*runs, run("alone", 0, 0.1, 0.5, seconds=0.5)]) == 2.0

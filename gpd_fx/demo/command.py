@@ -31,8 +31,8 @@ _FILES: Final = "student.onnx, teacher.safetensors, report.txt, report.json, met
 def demo(
     out: Path = Path("gpd-demo"),
     *,
-    seeds: int = 3,
-    epochs: int = 40,
+    seeds: int = 5,
+    epochs: int = 15,
     ratio: float = 2.0,
     console: Console | None = None,
 ) -> dict[str, Any]:

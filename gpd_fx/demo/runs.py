@@ -21,7 +21,7 @@ from gpd_fx.teacher import DynamicTeacher
 
 BATCH: Final = 60
 UPDATES: Final = TRAIN // BATCH  # in an epoch
-RATES: Final = (0.03, 0.1, 0.3, 1.0)
+RATES: Final = (0.1, 0.3, 0.6, 1.0)
 
 Arm = Literal["alone", "gpd"]
 ARMS: Final[tuple[Arm, ...]] = ("alone", "gpd")
