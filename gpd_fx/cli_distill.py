@@ -89,7 +89,7 @@ def distill(
         list[str] | None,
         typer.Option(
             metavar="LOSS=WEIGHT",
-            help="Weight of task_student, task_teacher, distill (3), static or features; EPOCH:VALUE,EPOCH:VALUE "
+            help="Weight of task_student, task_teacher, distill, static or features; EPOCH:VALUE,EPOCH:VALUE "
             "changes it along a line. Repeatable.",
         ),
     ] = None,

@@ -110,8 +110,8 @@ def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
 def test_the_page_holds_what_the_runs_gave() -> None:
     page, records = PAGE.read_text(encoding="utf-8"), read(KEPT)
     assert renewed(page, records) == page
-    more = renewed(page, [record("gpd", 0, 99.0), record("gpd-4", 0, 98.0)])
-    assert "| GPD, no static teacher | 0.1 | 1 | 99.00 |" in more
+    more = renewed(page, [record("gpd-strong", 0, 99.0), record("gpd-4", 0, 98.0)])
+    assert "| GPD, weight 3 | 0.1 | 1 | 99.00 |" in more
     assert "cifar-ablation.svg" in more
     assert "cifar.svg" not in more
     with pytest.raises(SystemExit, match="has no line"):

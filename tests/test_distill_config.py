@@ -25,7 +25,7 @@ def test_defaults_are_the_methods() -> None:
     )
     assert config.schedule == "multistep"
     assert (config.ema_decay, config.temperature, config.smoothing, config.static_loss) == (0.99996, 1.0, 0.1, "dkd")
-    assert config.weights == {"task_student": 1, "task_teacher": 1, "distill": 3, "static": 1, "features": 1}
+    assert config.weights == {"task_student": 1, "task_teacher": 1, "distill": 1, "static": 1, "features": 1}
     assert (config.mixup, config.cutmix, config.warmup_epochs) == (0.0, 0.0, 0)
 
 

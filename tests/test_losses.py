@@ -101,13 +101,13 @@ def test_classes_lie_along_dimension_one() -> None:
     torch.testing.assert_close(kd(maps[0], maps[1], 1.0, 0.1), kd(s, t, 1.0, 0.1))
 
 
-def test_defaults_are_the_methods() -> None:
+def test_defaults_are_the_methods_with_distillation_at_weight_1() -> None:
     s, t, u, y = logits(0), logits(1), logits(2), torch.tensor([0, 3, 6, 2, 2])
     parts = dict(GPDLoss()(s, t, y, u).items())
     wanted = {
         "task_student": functional.cross_entropy(s, y).item(),
         "task_teacher": functional.cross_entropy(t, y).item(),
-        "distill_student": 3 * kd_reference(s, t, 1.0, 0.1),
+        "distill_student": kd_reference(s, t, 1.0, 0.1),
         "static_student": dkd_reference(s, u, y.tolist(), 1.0, 0.5, 1.0),
         "static_teacher": dkd_reference(t, u, y.tolist(), 1.0, 0.5, 1.0),
     }
@@ -118,12 +118,12 @@ def test_every_part_has_a_weight() -> None:
     s, t, u, y = logits(0), logits(1), logits(2), torch.tensor([0, 3, 6, 2, 2])
     plain = dict(GPDLoss()(s, t, y, u).items())
     weighted = dict(
-        GPDLoss(student_weight=0.5, teacher_weight=2.0, distill_weight=1.0, static_weight=0.1)(s, t, y, u).items()
+        GPDLoss(student_weight=0.5, teacher_weight=2.0, distill_weight=3.0, static_weight=0.1)(s, t, y, u).items()
     )
     factors = {
         "task_student": 0.5,
         "task_teacher": 2.0,
-        "distill_student": 1 / 3,
+        "distill_student": 3.0,
         "static_student": 0.1,
         "static_teacher": 0.1,
     }

@@ -42,16 +42,24 @@ MAIN = {
     "longer": Arm("trained again, alone", start="trained"),
     "finetune": Arm("trained again, with GPD", 2.0, start="trained", against="longer"),
 }
-ABLATION = {
-    "gpd-1.5": Arm("GPD, ratio 1.5", 1.5),
-    "gpd-3": Arm("GPD, ratio 3", 3.0),
-    "gpd-4": Arm("GPD, ratio 4", 4.0),
-    "gpd-plain": Arm("GPD without branches", 2.0, None),
-    "gpd-equal": Arm("GPD, equal alpha", 2.0, equal=True),
-    "gpd-apart": Arm("GPD, nothing shared", 2.0, shared=False),
-}
+STRONG = {"distill_weight": 3.0}
+"""As the method was published; `GPDLoss` has 1 by default."""
 LOSSES = {
-    "gpd-light": Arm("GPD, distillation weight 1", 2.0, loss={"distill_weight": 1.0}),
-    "gpd-hot": Arm("GPD, temperature 4, no smoothing", 2.0, loss={"temperature": 4.0, "smoothing": 0.0}),
+    "gpd-free": Arm("GPD, weight 0: no distillation", 2.0, loss={"distill_weight": 0.0}),
+    "gpd-faint": Arm("GPD, weight 0.3", 2.0, loss={"distill_weight": 0.3}),
+    "gpd-strong": Arm("GPD, weight 3", 2.0, loss=STRONG),
+    "gpd-hot": Arm(
+        "GPD, weight 3, temperature 4, no smoothing", 2.0, loss=STRONG | {"temperature": 4.0, "smoothing": 0.0}
+    ),
+    "dkd-gpd-strong": Arm("DKD and GPD, weight 3", 2.0, static="dkd", against="dkd", loss=STRONG),
+    "finetune-strong": Arm("trained again, with GPD, weight 3", 2.0, start="trained", against="longer", loss=STRONG),
 }
-ARMS = MAIN | ABLATION | LOSSES
+ABLATION = {
+    "gpd-1.5": Arm("GPD, weight 3, ratio 1.5", 1.5, loss=STRONG),
+    "gpd-3": Arm("GPD, weight 3, ratio 3", 3.0, loss=STRONG),
+    "gpd-4": Arm("GPD, weight 3, ratio 4", 4.0, loss=STRONG),
+    "gpd-plain": Arm("GPD, weight 3, without branches", 2.0, None, loss=STRONG),
+    "gpd-equal": Arm("GPD, weight 3, equal alpha", 2.0, equal=True, loss=STRONG),
+    "gpd-apart": Arm("GPD, weight 3, nothing shared", 2.0, shared=False, loss=STRONG),
+}
+ARMS = MAIN | LOSSES | ABLATION

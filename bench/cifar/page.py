@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.cifar.arms import ABLATION, LOSSES, MAIN
 from bench.cifar.show import draw
@@ -13,18 +14,36 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cifar.md"
 KEPT = ROOT / "bench" / "results" / "cifar.jsonl"
 BEGIN, END = "<!-- made by `python -m bench.cifar page`: begin -->", "<!-- end -->"
+
+
+class Group(NamedTuple):
+    """A table and a picture of arms, beside what they are compared with."""
+
+    about: str
+    beside: list[str]
+    arms: list[str]
+
+
 GROUPS = {
-    "cifar": ["alone", "gpd", *(name for name in MAIN if name not in ("alone", "gpd"))],
-    "cifar-ablation": ["alone", "gpd", *ABLATION, *LOSSES],
+    "cifar": Group(
+        "The ways of training, GPD with its defaults:", ["alone", "gpd"], [n for n in MAIN if n not in ("alone", "gpd")]
+    ),
+    "cifar-losses": Group(
+        "The weight of the distillation, and a softer target:", ["alone", "gpd", "dkd-gpd", "finetune"], [*LOSSES]
+    ),
+    "cifar-ablation": Group(
+        "Ratio, branches, sharing and shares, at the published weight of 3:", ["alone", "gpd-strong"], [*ABLATION]
+    ),
 }
-"""The pictures, and the arms that each shows beside a table of them."""
+"""By the name of the picture."""
 
 
 def render(records: Records) -> str:
     """The text between the markers."""
     parts: list[str] = []
-    for picture, names in _shown(records).items():
-        parts += [markdown(COLUMNS, rows_of(records, names)), f"![accuracies and gaps]({picture}.svg)\n"]
+    for picture, (about, beside, arms) in _shown(records).items():
+        parts += [f"{about}\n", markdown(COLUMNS, rows_of(records, beside + arms))]
+        parts.append(f"![accuracies and gaps]({picture}.svg)\n")
     parts.append("Accuracy on held-out images, by peak learning rate:\n")
     parts.append(markdown(*rates_of(records)))
     hours = sum(r["wall"] for r in records if "wall" in r) / 3600
@@ -32,9 +51,9 @@ def render(records: Records) -> str:
     return "\n".join(parts)
 
 
-def _shown(records: Records) -> dict[str, list[str]]:
+def _shown(records: Records) -> dict[str, Group]:
     """The groups of which there is more than what they are compared with."""
-    return {picture: names for picture, names in GROUPS.items() if rows_of(records, names[2:])}
+    return {picture: group for picture, group in GROUPS.items() if rows_of(records, group.arms)}
 
 
 def renewed(page: str, records: Records) -> str:
@@ -52,5 +71,5 @@ def renewed(page: str, records: Records) -> str:
 def write(records: Records) -> None:
     """Renew the page and its pictures."""
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), records), encoding="utf-8")
-    for picture, names in _shown(records).items():
-        draw(records, names, PAGE.with_name(f"{picture}.svg"))
+    for picture, group in _shown(records).items():
+        draw(records, group.beside + group.arms, PAGE.with_name(f"{picture}.svg"))
