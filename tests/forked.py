@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 
@@ -50,11 +50,10 @@ def _one(function: Callable[..., Any], args: tuple[Any, ...], names: dict[str, s
 
 def distributed(folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> None:
     """Run a function in processes that find each other as under `torchrun`; fails where it fails in one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them, as torchrun's does
     log = folder / "errors.txt"
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     processes = [
         start(log, _one, function, args, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)

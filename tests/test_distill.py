@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
-import sys
-import types
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -337,29 +334,15 @@ def test_bfloat16_learns_with_parameters_in_full(tmp_path: Path) -> None:
     assert process.exitcode == 0, (tmp_path / "log").read_text()
 
 
-def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, float, int]] = []
-
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            assert purge_step == 3
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            seen.append((name, value, step))
-
-        def flush(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "tensorboard" else find(name))
-    module: Any = types.ModuleType("torch.utils.tensorboard.writer")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.ModuleType("torch.utils.tensorboard"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", module)
-    with Recorder(tmp_path, 2) as recorder:
-        recorder.write({"update": 3, "learning_rate": 0.1, "losses": {"total": 2.0}})
-    assert seen == [("learning_rate", 0.1, 3), ("losses/total", 2.0, 3)]
+def test_tensorboard_gets_every_number_and_a_resumed_run_replaces_what_was_lost(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for kept, updates, loss in ((0, (1, 2, 3, 4), 2.0), (2, (3,), 5.0)):  # killed after 4, taken up after 2
+        with Recorder(tmp_path, kept) as recorder:
+            for update in updates:
+                recorder.write({"update": update, "learning_rate": 0.5, "losses": {"total": loss * update}})
+    board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {"learning_rate", "losses/total"}
+    assert [(e.step, e.value) for e in board.Scalars("losses/total")] == [(1, 2.0), (2, 4.0), (3, 15.0)]
 
 
 def test_a_run_is_not_overwritten_and_a_missing_one_not_taken_up(tmp_path: Path) -> None:
