@@ -2,7 +2,7 @@
 
 Each candidate composes every model, checked in values and gradients against the reference in float64, and is timed as a
 CUDA graph, which leaves out what Python takes. Sizes for the forward pass are chosen first; those for the backward pass
-are then tried beside them. The last line is the entry for `gpd_fx.kernels.launch.TUNED`.
+are then tried beside them. The last line is the entry for `gpd_fx.kernels.launch.SIZES`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ Pair = tuple[Blocks, Blocks]
 SIDES = ("forward", "both")
 
 
-def candidates() -> list[Blocks]:
-    """The sizes that are tried; the first are those that are used without tuning.
+def candidates(side: int, now: Blocks) -> list[Blocks]:
+    """The sizes that are tried for one pass (0) or the other (1); the first are those that are used now.
 
-    None of them spills registers on sm_90 by more than 8 bytes; tiles of 128 inputs, or of 32 x 64 with four warps, do.
+    On sm_90 the forward ones spill nothing, the backward ones at most 16 bytes; tiles of 128 lines or inputs spill.
     """
-    grid = itertools.product((32, 64), (64, 32), (32, 16))
-    tiles = [replace(launch.FORWARD, lines=o, inputs=i, inner=c) for o, i, c in grid]
-    small = replace(launch.FORWARD, inputs=32, warps=4)
-    return [*tiles, small, replace(launch.FORWARD, stages=2), replace(launch.FORWARD, stages=3)]
+    grid = itertools.product((64, 32), (64, 32), (32, 16))
+    tiles = [replace(now, lines=o, **{("inputs", "inner")[side]: i}, chunk=c) for o, i, c in grid]
+    tiles += [replace(now, inputs=32, warps=4), replace(now, stages=2), replace(now, stages=3)]
+    tiles += [replace(now, part=part) for part in (512, 2048)] if side else []
+    return list(dict.fromkeys([now, *tiles]))
 
 
 def name_of(blocks: Blocks) -> str:
     """Sizes in a few words."""
-    return f"{blocks.lines}x{blocks.inputs}x{blocks.inner}, {blocks.warps} warps, {blocks.stages} stages"
+    tile = f"{blocks.lines}x{blocks.inputs}, inner {blocks.inner}, {blocks.chunk} at a time, parts of {blocks.part}"
+    return f"{tile}, {blocks.warps} warps, {blocks.stages} stages"
 
 
 def case_of(cases: Cases, name: str, pair: Pair, side: int) -> Case:
@@ -71,27 +73,29 @@ def case_of(cases: Cases, name: str, pair: Pair, side: int) -> Case:
 
 
 def run(
-    models: Sequence[str], tried: Sequence[Blocks], resolution: int, rounds: int, device: torch.device
+    models: Sequence[str], tried: Sequence[Sequence[Blocks]], resolution: int, rounds: int, device: torch.device
 ) -> tuple[list[Section], Pair]:
-    """Time all sizes on all models, and choose: the least sum of times relative to the first sizes."""
+    """Time all sizes, of either pass, on all models; choose those with the least sum of times relative to the first."""
     every = {
         model: Cases(composition_of(model, 2.0, ["orepa"], resolution).to(device), device)  # float32, as in training
         for model in models
     }
     sections: list[Section] = []
-    forward = tried[0]
 
     def choose(side: int, pair_of: Callable[[Blocks], Pair]) -> Blocks:
-        totals = dict.fromkeys(tried, 0.0)
+        totals = dict.fromkeys(tried[side], 0.0)
         for model, cases in every.items():
-            rows = measure([case_of(cases, name_of(b), pair_of(b), side) for b in tried], rounds, device)
-            for blocks, row in zip(tried, rows, strict=True):
+            rows = measure([case_of(cases, name_of(b), pair_of(b), side) for b in tried[side]], rounds, device)
+            for blocks, row in zip(tried[side], rows, strict=True):
                 totals[blocks] += math.inf if row.ratio is None else row.ratio
             title = f"sizes of tiles, {SIDES[side]}, composition of {model}"
             sections.append(Section.of("tune", title, {"model": model}, rows, device))
+        if min(totals.values()) == math.inf:
+            reasons = {row.left_out or "wrong" for section in sections for row in section.rows}
+            raise typer.BadParameter(f"no sizes of tiles could be timed: {', '.join(sorted(reasons))}")
         return min(totals, key=lambda blocks: totals[blocks])
 
-    forward = choose(0, lambda blocks: (blocks, launch.BACKWARD))
+    forward = choose(0, lambda blocks: (blocks, tried[1][0]))
     backward = choose(1, lambda blocks: (forward, blocks))
     return sections, (forward, backward)
 
@@ -104,9 +108,10 @@ def main(
 ) -> None:
     """Try sizes of tiles and print which are best."""
     place = prepare(device, 1)
-    if place.type == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
-    tried = candidates()[:2] if tiny else candidates()
+    if place.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # torch may have imported triton already
+        raise typer.BadParameter("on a CPU kernels are interpreted: TRITON_INTERPRET=1 python -m bench tune --tiny")
+    now = launch.sizes_on(launch.architecture(place))
+    tried = [candidates(side, now[side])[: 2 if tiny else None] for side in range(2)]
     models = ["bench.tiny:convs"] if tiny else [RESNET18, RESNET50]
     sections, pair = run(models, tried, 16 if tiny else 64, 1 if tiny else rounds, place)
     report(sections, out)

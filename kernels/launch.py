@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from gpd_fx.kernels.tables import SUMMED_AT_ONCE, Blocks, Tables, tables_of
 from gpd_fx.kernels.transfer import Sent, refuse_capture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FORWARD = Blocks(lines=32, outputs=16, inputs=64, inner=32, part=2048, warps=8, stages=1)
-BACKWARD = Blocks(lines=32, outputs=16, inputs=64, inner=32, part=2048, warps=8, stages=1)
-TUNED: dict[str, tuple[Blocks, Blocks]] = {}
-"""What `python -m bench tune` found best, forward and backward, by `architecture`; elsewhere the two above."""
+BLOCKS = Blocks(lines=32, outputs=16, inputs=64, inner=32, chunk=32, part=1024, warps=8, stages=1)
+LARGE = replace(BLOCKS, lines=64, inner=64)
+"""Larger tiles, which ask for fewer bytes; registers spill elsewhere than on the architectures below."""
+SIZES = dict.fromkeys(("sm_90", "sm_100", "gfx942"), (LARGE, LARGE))
+"""Sizes of tiles forward and backward, by `architecture`; `python -m bench tune` finds those that a device likes."""
 _tried: list[tuple[Blocks, Blocks]] = []
 
 
@@ -39,8 +41,13 @@ def architecture(device: torch.device) -> str:
 
 def blocks_of(kernel: str, device: torch.device) -> Blocks:
     """The sizes of tiles of a kernel on a device."""
-    pair = _tried[-1] if _tried else TUNED.get(architecture(device), (FORWARD, BACKWARD))
+    pair = _tried[-1] if _tried else sizes_on(architecture(device))
     return pair[kernel != "compose_tiles"]
+
+
+def sizes_on(name: str) -> tuple[Blocks, Blocks]:
+    """The sizes of tiles forward and backward, on an architecture."""
+    return SIZES.get(name, (BLOCKS, BLOCKS))
 
 
 @contextlib.contextmanager
@@ -196,6 +203,7 @@ def constants(
         "outputs_block": blocks.outputs,
         "inputs_block": blocks.inputs,
         "inner": blocks.inner,
+        "chunk": blocks.chunk,
         "lines_block": blocks.lines,
         "few": few,
         "most_taps": taps,

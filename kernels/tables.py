@@ -29,11 +29,12 @@ class Blocks:
     """The sizes of tiles, and how many warps work on one.
 
     Attributes:
-        lines: of a product's tiles, and of the forward pass's.
+        lines: of the forward pass's tiles, and of those of dK.
         outputs: of the tiles of what sums over taps.
-        inputs: of all tiles.
-        inner: how many inner channels of a product are taken at a time.
-        part: how many lines of a layer one program sums at most.
+        inputs: of all tiles but those of dK, which have as many inner channels.
+        inner: inner channels of the tiles of dP.
+        chunk: how much of the sum of a product is taken at a time.
+        part: how many lines of a layer one program sums at most, a multiple of `chunk`.
         warps, stages: what triton is told.
     """
 
@@ -41,6 +42,7 @@ class Blocks:
     outputs: int
     inputs: int
     inner: int
+    chunk: int
     part: int
     warps: int
     stages: int
@@ -151,15 +153,24 @@ def _tasks(layer: int, form: Form, width: int, wanted: Wanted | None, blocks: Bl
         lines = range(0, form.outputs * form.taps, blocks.lines)
         return [(layer, 0, 0, g, line, i, 0) for g in groups for line in lines for i in columns]
     found: list[Task] = []
-    if wanted.columns:
-        starts, parts = range(0, max(width, 1), blocks.inner), range(_parts(form, blocks))
-        found += [(layer, 2, 0, g, i, c, part) for g in groups for part in parts for i in columns for c in starts]
-    if wanted.kernel:
-        step = max(blocks.lines // form.taps, 1)
-        found += [(layer, 1, 0, g, o, 0, 0) for g in groups for o in range(0, form.outputs, step)]
-    if wanted.rows:
-        found += [(layer, 0, 0, g, o, 0, 0) for g in groups for o in range(0, form.outputs, blocks.outputs)]
+    starts = range(0, max(width, 1), blocks.inner)
+    several = max(blocks.lines // form.taps, 1)
+    for g in groups:
+        for part in range(_parts(form, blocks)):  # all that reads the same gradient comes close together
+            lines = range(part * blocks.part, min((part + 1) * blocks.part, form.outputs * form.taps))
+            if wanted.columns:
+                found += [(layer, 2, 0, g, i, c, part) for i in columns for c in starts]
+            if wanted.kernel:
+                found += [(layer, 1, 0, g, o, 0, 0) for o in _first_of(lines, form.taps, several)]
+            if wanted.rows:
+                found += [(layer, 0, 0, g, o, 0, 0) for o in _first_of(lines, form.taps, blocks.outputs)]
     return found
+
+
+def _first_of(lines: range, taps: int, step: int) -> range:
+    """The first outputs of those blocks of `step` outputs whose first line is one of `lines`."""
+    size = step * taps
+    return range(-(-lines.start // size) * step, -(-lines.stop // size) * step, step)
 
 
 def _parts(form: Form, blocks: Blocks) -> int:

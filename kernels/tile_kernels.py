@@ -61,16 +61,27 @@ from gpd_fx.kernels.tile_parts import (
 @triton.jit
 def _forward(
     dyn, geo, maps, g, o, k, i, mask_o, mask_i, mask,
-    small: tl.constexpr, inner: tl.constexpr, has_lines: tl.constexpr, precision: tl.constexpr, dtype: tl.constexpr,
+    small: tl.constexpr, chunk: tl.constexpr, has_lines: tl.constexpr, precision: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """A tile of M: o and k are column vectors, i a row, g a number or a column vector."""
     outputs, inputs, taps, width = sizes(geo)
     row, column = g * outputs + o, g * inputs + i
     at = row * inputs + i
-    alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask_o, mask_i, dtype)
-    here += k * stride(dyn, STRIDE + 2)
-    there += k * tl.load(geo + STUDENT_TAP)
-    value = read(tl.load(dyn + WEIGHT), here, mask, dtype)
+    scale = read(tl.load(dyn + PRODUCT), row, mask_o, dtype)
+    point, kernel = tl.load(dyn + PRODUCT + 1), tl.load(dyn + PRODUCT + 2)
+    value = tl.zeros_like(at * 1.0)
+    if small:
+        for c in range(width):
+            left = scale * read(kernel, kernel_place_of(dyn, g, o, c, k), mask_o, dtype)
+            value += left * read(point, (g * width + c) * inputs + i, mask, dtype)
+    else:
+        for first in range(0, width, chunk):
+            c = first + tl.arange(0, chunk)
+            inside = mask_o & (c < width)[None, :]
+            left = read(kernel, kernel_place_of(dyn, g, o, c[None, :], k), inside, dtype)
+            right = read(point, (g * width + c[:, None]) * inputs + i, mask_i & (c < width)[:, None], dtype)
+            value = tl.dot(left, right, value, input_precision=precision)
+        value *= scale
     for n in tl.static_range(3):
         term = dyn + FILTERED + 5 * n
         if tl.load(term) != 0:
@@ -84,29 +95,17 @@ def _forward(
             on, length, where = on_line(geo, n, k)
             v = read(tl.load(dyn + LINES + 4 * n), row, mask_o, dtype)
             value += v * read(tl.load(dyn + LINES + 4 * n + 1), at * length + where, mask & on, dtype)
-    scale = read(tl.load(dyn + PRODUCT), row, mask_o, dtype)
-    point, kernel = tl.load(dyn + PRODUCT + 1), tl.load(dyn + PRODUCT + 2)
-    if small:
-        for c in range(width):
-            left = read(kernel, kernel_place_of(dyn, g, o, c, k), mask_o, dtype)
-            value += scale * left * read(point, (g * width + c) * inputs + i, mask, dtype)
-    else:
-        total = tl.zeros_like(value)
-        for first in range(0, width, inner):
-            c = first + tl.arange(0, inner)
-            inside = mask_o & (c < width)[None, :]
-            left = read(kernel, kernel_place_of(dyn, g, o, c[None, :], k), inside, dtype)
-            right = read(point, (g * width + c[:, None]) * inputs + i, mask_i & (c < width)[:, None], dtype)
-            total = tl.dot(left, right, total, input_precision=precision)
-        value += scale * total
-    write(tl.load(dyn + STUDENT), there, value, mask & shared, dtype)
+    alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask_o, mask_i, dtype)
+    here += k * stride(dyn, STRIDE + 2)
+    value += read(tl.load(dyn + WEIGHT), here, mask, dtype)
+    write(tl.load(dyn + STUDENT), there + k * tl.load(geo + STUDENT_TAP), value, mask & shared, dtype)
     write(tl.load(dyn + TEACHER), here, value * alpha, mask, dtype)
 
 
 @triton.jit
 def compose_tiles(
     tasks, dyn, geo, maps,
-    outputs_block: tl.constexpr, inputs_block: tl.constexpr, inner: tl.constexpr,
+    outputs_block: tl.constexpr, inputs_block: tl.constexpr, inner: tl.constexpr, chunk: tl.constexpr,
     lines_block: tl.constexpr, few: tl.constexpr, most_taps: tl.constexpr,
     has_small: tl.constexpr, has_large: tl.constexpr, has_lines: tl.constexpr,
     precision: tl.constexpr, dtype: tl.constexpr,
@@ -125,12 +124,12 @@ def compose_tiles(
         inside = row < tl.load(geo + GROUPS) * outputs
         mask = inside & (i < inputs)
         _forward(dyn, geo, maps, row // outputs, row % outputs, k, i, inside, mask, mask,
-                 True, inner, has_lines, precision, dtype)  # fmt: skip
+                 True, chunk, has_lines, precision, dtype)  # fmt: skip
     if has_large and small == 0:
         i = tl.load(task + 5) + tl.arange(0, inputs_block)[None, :]
         inside = row < outputs
         _forward(dyn, geo, maps, tl.load(task + 3), row, k, i, inside, i < inputs, inside & (i < inputs),
-                 False, inner, has_lines, precision, dtype)  # fmt: skip
+                 False, chunk, has_lines, precision, dtype)  # fmt: skip
 
 
 @triton.jit
@@ -225,7 +224,7 @@ def _few_kernel_backward(dyn, geo, maps, g, o, mask_o, block: tl.constexpr, dtyp
 @triton.jit
 def _kernel_backward(
     dyn, geo, maps, g, first,
-    lines_block: tl.constexpr, block: tl.constexpr, inner: tl.constexpr, precision: tl.constexpr, dtype: tl.constexpr,
+    lines_block: tl.constexpr, block: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dK of a product and its dv, for a block of outputs with all their taps."""
     outputs, inputs, taps, width = sizes(geo)
@@ -241,8 +240,8 @@ def _kernel_backward(
         for start in range(0, width, block):
             c = (start + tl.arange(0, block))[None, :]
             total = tl.zeros_like(c * 1.0 + scale)
-            for left in range(0, inputs, inner):
-                i = left + tl.arange(0, inner)
+            for left in range(0, inputs, chunk):
+                i = left + tl.arange(0, chunk)
                 mask_i = (i < inputs)[None, :]
                 alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i[None, :], mask_o, mask_i, dtype)
                 up = upstream(dyn, geo, alpha, here, there, shared, k, mask_o & mask_i, dtype)
@@ -261,7 +260,7 @@ def _kernel_backward(
 @triton.jit
 def _columns_backward(
     dyn, geo, maps, scratch, g, first, start, part,
-    lines_block: tl.constexpr, block: tl.constexpr, inner: tl.constexpr, most_taps: tl.constexpr,
+    block: tl.constexpr, inner: tl.constexpr, chunk: tl.constexpr, most_taps: tl.constexpr,
     precision: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dP of a product for a block of inner channels and inputs, and with the first of them dF of an input filter.
@@ -278,8 +277,8 @@ def _columns_backward(
     tap = tl.arange(0, most_taps)[:, None]
     of_filter = tl.zeros_like(tap * 1.0 + i)
     parts, length = tl.load(geo + PARTS), tl.load(geo + PART)
-    for below in range(part * length, tl.minimum(outputs * taps, (part + 1) * length), lines_block):
-        line = below + tl.arange(0, lines_block)
+    for below in range(part * length, tl.minimum(outputs * taps, (part + 1) * length), chunk):
+        line = below + tl.arange(0, chunk)
         o, k = (line // taps)[:, None], (line % taps)[:, None]
         mask_o = o < outputs
         alpha, here, there, shared = both_networks(dyn, geo, maps, g, o, i, mask_o, mask_i, dtype)
@@ -369,7 +368,7 @@ def _few_columns_backward(
 @triton.jit
 def differentiate_tiles(
     tasks, dyn, geo, maps, scratch,
-    outputs_block: tl.constexpr, inputs_block: tl.constexpr, inner: tl.constexpr,
+    outputs_block: tl.constexpr, inputs_block: tl.constexpr, inner: tl.constexpr, chunk: tl.constexpr,
     lines_block: tl.constexpr, few: tl.constexpr, most_taps: tl.constexpr,
     has_small: tl.constexpr, has_large: tl.constexpr, has_lines: tl.constexpr,
     precision: tl.constexpr, dtype: tl.constexpr,
@@ -395,9 +394,9 @@ def differentiate_tiles(
         g = tl.load(task + 3)
         if kind == 2:
             _columns_backward(dyn, geo, maps, scratch, g, first, tl.load(task + 5), tl.load(task + 6),
-                              lines_block, inputs_block, inner, most_taps, precision, dtype)  # fmt: skip
+                              inputs_block, inner, chunk, most_taps, precision, dtype)  # fmt: skip
         elif kind == 1:
-            _kernel_backward(dyn, geo, maps, g, first, lines_block, inputs_block, inner, precision, dtype)
+            _kernel_backward(dyn, geo, maps, g, first, lines_block, inputs_block, chunk, precision, dtype)
         else:
             o = first + tl.arange(0, outputs_block)[:, None]
             _rows_backward(dyn, geo, maps, g, o, o < outputs, False, inputs_block, has_lines, dtype)

@@ -35,9 +35,9 @@ TAPS = 64
 
 def compiled(name: str, target: Any, dtype: Any, few: int) -> dict[str, Any]:
     """Compile one variant; with lines, and with layers of few and of many inputs, which takes the most registers."""
-    blocks = launch.FORWARD if name == "compose_tiles" else launch.BACKWARD
-    kernel = getattr(tile_kernels, name)
     hip = target.backend == "hip"
+    blocks = launch.sizes_on(str(target.arch) if hip else f"sm_{target.arch}")[name != "compose_tiles"]
+    kernel = getattr(tile_kernels, name)
     constants = launch.constants(blocks, few=few, taps=TAPS, small=True, large=True, lines=True, hip=hip, dtype=dtype)
     pointers = POINTERS if name == "compose_tiles" else POINTERS | SCRATCH
     found = {"kernel": name, "dtype": str(dtype), "few": few}

@@ -15,7 +15,7 @@ from bench import compose, depthwise, tune
 from bench.__main__ import app
 from bench.einsum import compose_by_einsum
 from bench.everything import TINY
-from bench.measure import Case, Check
+from bench.measure import Case
 from bench.section import Results
 from gpd_fx.kernels import depthwise as kernels
 from gpd_fx.kernels import depthwise_launch
@@ -66,19 +66,32 @@ def test_an_unknown_choice_is_refused(option: str, value: str, message: str) -> 
     assert message in result.output
 
 
-def test_sizes_of_tiles_are_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With cases that do nothing: the interpreter would take a minute for the real ones."""
-
-    def case_of(cases: object, name: str, pair: object, side: int) -> Case:
-        del cases, pair, side
-        return Case(name, lambda: None, lambda: [Check("values", 0.0, 0.0)])
-
-    monkeypatch.setattr(tune, "case_of", case_of)
+@pytest.mark.slow
+def test_sizes_of_tiles_are_chosen(tmp_path: Path) -> None:
+    """What a device is tuned by, whole, under the interpreter."""
+    interpreted()
     out = tmp_path / "found.json"
     result = CliRunner().invoke(app, ["tune", "--tiny", "--out", str(out)])
     assert result.exception is None, result.output
-    assert [len(section.rows) for section in Results.load(out).sections] == [2, 2]
+    sections = Results.load(out).sections
+    assert [len(section.rows) for section in sections] == [2, 2]
+    assert all(row.correct and row.median is not None for section in sections for row in section.rows)
     assert '": (Blocks(lines=' in result.output
+
+
+def test_sizes_that_cannot_be_timed_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "case_of", lambda cases, name, pair, side: Case.missing(name, "no shared memory"))  # pyright: ignore[reportUnknownLambdaType]
+    result = CliRunner().invoke(app, ["tune", "--tiny"], env={"TRITON_INTERPRET": "1"})
+    assert result.exit_code == 2
+    assert "no sizes of tiles could be timed: no shared memory" in " ".join(result.output.split())
+    assert "Blocks(" not in result.output
+
+
+def test_tuning_on_a_cpu_says_how_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = CliRunner().invoke(app, ["tune", "--tiny"])
+    assert result.exit_code == 2
+    assert "TRITON_INTERPRET=1" in result.output
 
 
 def wrong_kernels(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:

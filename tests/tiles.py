@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def _interpreter_counts() -> bool:
     return triton >= (3, 7) or numpy < (2, 4)
 
 
+Places: TypeAlias = np.ndarray[Any, Any]
+"""Addresses times 16, plus how many bytes lie there."""
+SECTOR = 32
+
+
 @dataclass
 class Traffic:
     """What some launches read and wrote.
@@ -44,11 +50,28 @@ class Traffic:
         launches: the names of the kernels that were started.
         moved: bytes, each address of a launch once.
         requested: bytes, each address once for every program that asks for it.
+        programs: for each launch, what each of its programs loads and stores: addresses, and how many bytes lie there.
     """
 
     launches: list[str] = field(default_factory=list[str])
     moved: int = 0
     requested: int = 0
+    programs: list[list[tuple[Places, Places]]] = field(default_factory=list[list[tuple[Places, Places]]])
+
+    def from_memory(self, capacity: int) -> int:
+        """Bytes from and to the memory behind a cache of that size, of sectors of which the oldest makes room."""
+        moved = 0
+        for programs in self.programs:
+            held: OrderedDict[int, bool] = OrderedDict()  # sectors, and whether they were written
+            for loads, stores in programs:
+                for places, written in ((loads, False), (stores, True)):
+                    for sector in np.unique(places // 16 // SECTOR).tolist():
+                        before = held.pop(sector, None)
+                        moved += SECTOR * (before is None or (written and not before))
+                        held[sector] = written or bool(before)
+                        if len(held) * SECTOR > capacity:
+                            held.popitem(last=False)
+        return moved
 
 
 @contextmanager
@@ -59,8 +82,7 @@ def traffic(where: ModuleType = launch) -> Generator[Traffic]:
     found, builder = Traffic(), interpreter.InterpreterBuilder
     original_load, original_store, start = builder.create_masked_load, builder.create_masked_store, where._launch
     set_place = builder.set_grid_idx
-    touched: dict[str, list[np.ndarray[Any, Any]]] = {"loads": [], "stores": []}
-    program: dict[str, list[np.ndarray[Any, Any]]] = {"loads": [], "stores": []}
+    program: dict[str, list[Places]] = {"loads": [], "stores": []}
 
     def note(kind: str, pointers: Any, mask: Any) -> None:
         size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -75,15 +97,18 @@ def traffic(where: ModuleType = launch) -> Generator[Traffic]:
         note("stores", pointers, mask)
         return original_store(self, pointers, value, mask, *rest)
 
-    def size_of(places: list[np.ndarray[Any, Any]]) -> int:
-        return int((np.unique(np.concatenate(places)) % 16).sum()) if places else 0
+    def once(parts: list[Places]) -> Places:
+        return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+
+    def size_of(places: Places) -> int:
+        return int((places % 16).sum())
 
     def finish_program() -> None:
-        for kind, places in program.items():
-            if places:
-                once = np.unique(np.concatenate(places))
-                found.requested += int((once % 16).sum())
-                touched[kind].append(once)
+        if any(program.values()):
+            loads, stores = (once(places) for places in program.values())
+            found.requested += size_of(loads) + size_of(stores)
+            found.programs[-1].append((loads, stores))
+            for places in program.values():
                 places.clear()
 
     def place(self: Any, *index: int) -> Any:
@@ -92,11 +117,10 @@ def traffic(where: ModuleType = launch) -> Generator[Traffic]:
 
     def launched(name: str, *rest: Any, **constants: Any) -> None:
         found.launches.append(name)
+        found.programs.append([])
         start(name, *rest, **constants)
         finish_program()
-        for places in touched.values():
-            found.moved += size_of(places)
-            places.clear()
+        found.moved += sum(size_of(once([*side])) for side in zip(*found.programs[-1], strict=True))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_masked_load", load)
