@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = Blocks(lines=32, outputs=16, inputs=64, inner=32, chunk=32, part=1024, warps=8, stages=1)
 LARGE = replace(BLOCKS, lines=64, inner=64)
 """Larger tiles, which ask for fewer bytes; registers spill elsewhere than on the architectures below."""
-SIZES: dict[str, tuple[Blocks, Blocks]] = {name: (LARGE, LARGE) for name in ("sm_90", "sm_100", "gfx942")}
+SIZES: dict[str, tuple[Blocks, Blocks]] = dict.fromkeys(("sm_90", "sm_100", "gfx942"), (LARGE, LARGE))
 """Sizes of tiles forward and backward, by `architecture`; `python -m bench tune` finds those that a device likes."""
 _tried: list[tuple[Blocks, Blocks]] = []
 
