@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bench.cifar.__main__ import best_rate, read
+from bench.cifar.__main__ import read
 from bench.cifar.arms import ARMS, Arm
 from bench.cifar.data import Images, batches, load, prepare
 from bench.cifar.page import KEPT, PAGE, renewed
 from bench.cifar.show import draw
-from bench.cifar.tables import COLUMNS, markdown, rates_of, rows_of
+from bench.cifar.tables import COLUMNS, best_rate, finals, markdown, rates_of, rows_of
 from bench.cifar.train import Setting, train, trained
 from gpd_fx.models import save_weights
 
@@ -105,6 +105,18 @@ def test_the_table_compares_seed_by_seed(tmp_path: Path) -> None:
         best_rate([{**records[-1], "arm": "alone"}], "alone")
     draw(records, list(ARMS), tmp_path / "curves.svg")
     assert ARMS["longer"].title in (tmp_path / "curves.svg").read_text()
+
+
+def test_rates_are_chosen_by_the_mean_of_their_runs() -> None:
+    records = [record("gpd", n, held, tuning=True, rate=0.4) for n, held in ((1000, 72.0), (1001, 70.0))]
+    records += [record("gpd", n, held, tuning=True, rate=0.8) for n, held in ((1000, 73.0), (1001, 68.0))]
+    records += [record("gpd", 0, 60.0, rate=0.8), record("gpd", 1, 62.0, rate=0.4), record("gpd", 0, 61.0, rate=0.4)]
+    assert best_rate(records, "gpd") == 0.4
+    assert best_rate([r for r in records if r["seed"] != 1001], "gpd") == 0.8
+    assert [r["folded"] for r in finals(records, "gpd")] == [61.0, 62.0]
+    assert rates_of(records)[1] == [[ARMS["gpd"].title, "71.00 (2 runs)", "70.50 (2 runs)"]]
+    one_diverged = record("gpd", 1002, 0.0, tuning=True, rate=0.4, student=[])
+    assert best_rate([*records, one_diverged], "gpd") == 0.8
 
 
 def test_the_page_holds_what_the_runs_gave() -> None:

@@ -2,7 +2,7 @@
 
 Every arm first gets its own best learning rate from one grid, by accuracy on 5,000 training images that are held out;
 then it is trained on all training images with that rate, once a seed. Results are JSON lines; a run that was stopped
-goes on where it was.
+goes on where it was, and other rates, seeds or choosing runs only add what is missing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bench.cifar.arms import ABLATION, ARMS, LOSSES, MAIN
 from bench.cifar.data import load
 from bench.cifar.page import KEPT, write
 from bench.cifar.show import show
+from bench.cifar.tables import best_rate
 from bench.cifar.train import STATIC_BLOCKS, Setting, train, trained
 from bench.progress import progress_bar
 from gpd_fx.models import save_weights
@@ -72,7 +73,7 @@ def one(
             print(json.dumps(record | {"student": [], "error": str(error)}))
             return
         if arm == "alone":
-            save_weights(model, _tuned(setting.folder, rate) if tuning else trained(setting, seed))
+            save_weights(model, _tuned(setting.folder, rate, seed) if tuning else trained(setting, seed))
     record |= asdict(run) | {"parameters": sum(p.numel() for p in model.parameters())}
     print(json.dumps(record | {"wall": time.perf_counter() - started}))
 
@@ -86,6 +87,8 @@ def run(
     ] = "main",
     rates: Annotated[str, typer.Option(help="The grid of peak learning rates.")] = "0.1,0.2,0.4,0.8",
     seeds: Annotated[int, typer.Option(help="Runs at the best rate.")] = 5,
+    choosing: Annotated[int, typer.Option(help="Runs a rate to choose it by, on held-out images.")] = 1,
+    static_rate: Annotated[float, typer.Option(help="Peak learning rate of the static teacher.")] = 0.2,
     jobs: Annotated[int, typer.Option(help="Processes at a time, one thread each.")] = os.cpu_count() or 1,
     width: Annotated[int, typer.Option(help="Channels of the student's first stage.")] = 8,
     blocks: Annotated[int, typer.Option(help="Blocks in each of its three stages.")] = 1,
@@ -114,17 +117,17 @@ def run(
     static = any(ARMS[name].static for name in names)
     trained_before = any(ARMS[name].start == "trained" for name in names)
     if static:
-        work("static teacher", [("static", grid[len(grid) // 2 - 1], 0, False)])
+        work("static teacher", [("static", static_rate, 0, False)])
     first = [name for name in names if ARMS[name].start == "scratch"]
     if trained_before and "alone" not in first:
         first.insert(0, "alone")
+    held_out = range(TUNING_SEED, TUNING_SEED + choosing)
     for group in (first, [name for name in names if name not in first]):
-        work("learning rates", [(name, rate, TUNING_SEED, True) for name in group for rate in grid])
+        work("learning rates", [(name, rate, seed, True) for name in group for rate in grid for seed in held_out])
         best = {name: best_rate(read(log), name) for name in group}
-        if (
-            trained_before and "alone" in best
-        ):  # what goes on from a trained student must not have seen what is held out
-            shutil.copy(_tuned(folder, best["alone"]), trained(Setting(folder=folder), TUNING_SEED))
+        if trained_before and "alone" in best:
+            for seed in held_out:  # what goes on from a trained student must not have seen what is held out
+                shutil.copy(_tuned(folder, best["alone"], seed), trained(Setting(folder=folder), seed))
         work("seeds", [(name, best[name], seed, False) for seed in range(seeds) for name in group])
     show(read(log), folder)
 
@@ -143,17 +146,9 @@ def show_command(folder: Folder = Path("cifar")) -> None:
     show(read(folder / "runs.jsonl"), folder)
 
 
-def _tuned(folder: Path, rate: float) -> Path:
+def _tuned(folder: Path, rate: float, seed: int) -> Path:
     """Where the student lies that was trained alone without the held-out images."""
-    return folder / f"tuned-{rate:g}.safetensors"
-
-
-def best_rate(records: list[dict[str, Any]], arm: str) -> float:
-    """The rate with the best accuracy on held-out images."""
-    tuned = [r for r in records if r["arm"] == arm and r["tuning"] and r["student"]]
-    if not tuned:
-        raise SystemExit(f"{arm} diverged at every learning rate; give lower ones")
-    return max(tuned, key=lambda r: r["student"][-1])["rate"]
+    return folder / f"tuned-{rate:g}-{seed}.safetensors"
 
 
 def read(log: Path) -> list[dict[str, Any]]:

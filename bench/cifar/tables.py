@@ -13,9 +13,33 @@ COLUMNS = ("arm", "rate", "runs", "student", "gain", "over", "seeds ahead", "dyn
 Records = Sequence[dict[str, Any]]
 
 
+def best_rate(records: Records, arm: str) -> float:
+    """The rate with the best accuracy on held-out images, the mean of its runs.
+
+    Raises:
+        SystemExit: no rate is any good.
+    """
+    found = {rate: runs for rate, runs in chosen_by(records, arm).items() if all(run["student"] for run in runs)}
+    if not found:
+        raise SystemExit(f"{arm} diverged at every learning rate; give lower ones")
+    return max(found, key=lambda rate: statistics.mean(run["student"][-1] for run in found[rate]))
+
+
+def chosen_by(records: Records, arm: str) -> dict[float, list[dict[str, Any]]]:
+    """The runs on held-out images of an arm, by their rates."""
+    found: dict[float, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["arm"] == arm and record["tuning"]:
+            found.setdefault(record["rate"], []).append(record)
+    return found
+
+
 def finals(records: Records, name: str) -> Records:
     """The runs of an arm at its best rate, in the order of their seeds; those that diverged are left out."""
     found = [r for r in records if r["arm"] == name and not r["tuning"] and r["student"]]
+    if len({r["rate"] for r in found}) > 1:
+        rate = best_rate(records, name)
+        found = [r for r in found if r["rate"] == rate]
     return sorted(found, key=lambda r: r["seed"])
 
 
@@ -52,14 +76,21 @@ def rows_of(records: Records, names: Iterable[str] = ARMS) -> list[list[str]]:
 
 def rates_of(records: Records) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the accuracies on held-out images, an arm a row and a learning rate a column."""
-    tuned = [r for r in records if r["tuning"]]
-    rates = sorted({r["rate"] for r in tuned})
+    rates = sorted({r["rate"] for r in records if r["tuning"]})
     rows: list[list[str]] = []
     for name, arm in ARMS.items():
-        mine = {r["rate"]: f"{r['student'][-1]:.2f}" if r["student"] else "diverged" for r in tuned if r["arm"] == name}
+        mine = {rate: _held_out(runs) for rate, runs in chosen_by(records, name).items()}
         if mine:
             rows.append([arm.title, *(mine.get(rate, "") for rate in rates)])
     return ["arm", *(f"{rate:g}" for rate in rates)], rows
+
+
+def _held_out(runs: Records) -> str:
+    """The mean accuracy of some runs, and how many there are where that is more than one."""
+    if not all(run["student"] for run in runs):
+        return "diverged"
+    mean = f"{statistics.mean(run['student'][-1] for run in runs):.2f}"
+    return mean if len(runs) == 1 else f"{mean} ({len(runs)} runs)"
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
