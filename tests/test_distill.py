@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from gpd_fx import GPDLoss, expand, fold, load
 from gpd_fx.distill import DistillConfig, Results, distill
+from gpd_fx.distill.config import load_config
 from gpd_fx.distill.evaluation import recalibrate, score
 from gpd_fx.distill.metrics import Recorder, read_metrics
 from gpd_fx.distill.objective import Objective
@@ -355,6 +356,17 @@ def test_a_run_is_not_overwritten_and_a_missing_one_not_taken_up(tmp_path: Path)
         run(tmp_path / "run", config(alone=True, epochs=1, seed=1, batch_size=8), resume=True)
     with pytest.raises(CheckpointError, match="does not fit this model"):
         run(tmp_path / "run", config(alone=True, epochs=1), student=net(width=7), resume=True)
+    assert load_config(tmp_path / "run" / "config.yaml").seed == 0  # what was refused has changed nothing
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="batch_size 64 is more than the 48 training images"):
+        run(tmp_path / "new" / "run", config(alone=True, epochs=1, batch_size=64))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ArgumentError, match="batch_size 64"):
+        run(tmp_path / "mine", config(alone=True, epochs=1, batch_size=64))
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_metrics_after_the_checkpoint_go(tmp_path: Path) -> None:

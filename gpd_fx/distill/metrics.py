@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -92,8 +93,9 @@ def _scalars(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float
     return found
 
 
-def new_run(folder: Path, resume: bool) -> None:
-    """Make the folder of a run.
+@contextlib.contextmanager
+def new_run(folder: Path, resume: bool) -> Generator[None]:
+    """Make the folder of a run; where what is done meanwhile fails, nothing that was made is left.
 
     Raises:
         ArgumentError: it holds a run already, or cannot be made; or there is none to take up.
@@ -103,7 +105,16 @@ def new_run(folder: Path, resume: bool) -> None:
         raise ArgumentError(f"{str(folder)!r} holds no run to take up: there is no config.yaml in it")
     if there and not resume:
         raise ArgumentError(f"{str(folder)!r} holds a run already; take it up with --resume, or name another folder")
+    places = [folder / "checkpoints", folder, *folder.parents]
+    made = [place for place in places if not place.exists()]
     try:
-        os.makedirs(folder / "checkpoints", exist_ok=True)
+        os.makedirs(places[0], exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"the folder {str(folder)!r} cannot be made: {error}") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # something else has been put into it
+            for place in made:
+                place.rmdir()
+        raise

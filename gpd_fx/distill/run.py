@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Iterable
@@ -104,25 +105,24 @@ def distill(
     accelerator = make_accelerator(config)
     main: bool = accelerator.is_main_process
     shown = (console or Console(stderr=True)) if main else Console(quiet=True)
-    if main:
-        new_run(folder, resume)
-    set_all(config.seed)
-    plain = resolve(config.student) if student is None else student
-    if config.student_weights is not None and student is None:
-        load_weights(plain, config.student_weights)
-    data = load_images(config, plain) if images is None else images
-    example = (example_images(plain, data.input_size),)
-    check_model(plain, config.student, example[0], data.classes)
-    taught = given_static(config, static, example[0], data.classes)
-    again = resume and bool(checkpoints(folder / "checkpoints"))
-    model = copy.deepcopy(plain).train() if config.alone else _widen(config, plain, example, verify=not again)
-    if main:
-        config.save(folder / "config.yaml")
-        if isinstance(model, DynamicTeacher):
-            write_text(folder / "report.txt", f"{model.report()}\n")
-    engine = Engine(config, model, data, taught, accelerator, Store.of(folder, config, model))
-    if resume:
-        engine.resume()
+    with new_run(folder, resume) if main else contextlib.nullcontext():
+        set_all(config.seed)
+        plain = resolve(config.student) if student is None else student
+        if config.student_weights is not None and student is None:
+            load_weights(plain, config.student_weights)
+        data = load_images(config, plain) if images is None else images
+        example = (example_images(plain, data.input_size),)
+        check_model(plain, config.student, example[0], data.classes)
+        taught = given_static(config, static, example[0], data.classes)
+        again = resume and bool(checkpoints(folder / "checkpoints"))
+        model = copy.deepcopy(plain).train() if config.alone else _widen(config, plain, example, verify=not again)
+        engine = Engine(config, model, data, taught, accelerator, Store.of(folder, config, model))
+        if resume:
+            engine.resume()
+        if main:
+            if isinstance(model, DynamicTeacher):
+                write_text(folder / "report.txt", f"{model.report()}\n")
+            config.save(folder / "config.yaml")
     _introduce(config, engine, shown)
     if main:
         _run_shown(engine, folder, shown)
