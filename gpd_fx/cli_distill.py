@@ -113,7 +113,8 @@ def distill(
 
     Three scenarios: **from scratch** as it stands; with a **static teacher** (`--static-teacher`), from which both
     networks learn as well; **fine-tuning** (`--student-weights`). Defaults are those that the method was published
-    with; values in brackets are for convolutional networks and for `--recipe transformer`.
+    with, but for the weight of `distill`, 1 in place of 3; values in brackets are for convolutional networks and for
+    `--recipe transformer`.
 
     The run is written to `--out`: config.yaml with every value, metrics.jsonl, curves, checkpoints that `--resume`
     goes on from, and at the end a table of student, teacher, their moving averages and the ONNX file, with

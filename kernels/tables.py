@@ -34,7 +34,7 @@ class Blocks:
         inputs: of all tiles but those of dK, which have as many inner channels.
         inner: inner channels of the tiles of dP.
         chunk: how much of the sum of a product is taken at a time.
-        part: how many lines of a layer one program sums at most, a multiple of `chunk`.
+        part: how many lines of a layer one program sums, a multiple of `chunk`; more where its product is wide.
         warps, stages: what triton is told.
     """
 
@@ -98,8 +98,9 @@ def tables_of(recipes: Sequence[Recipe], needed: Sequence[str] | None, blocks: B
         wanted = None if needed is None else _wanted(recipe, [flag == "1" for flag in needed[layer]])
         small = form.inputs <= FEW
         tasks += _few_tasks(layer, form, wanted, blocks) if small else _tasks(layer, form, width, wanted, blocks)
-        parts = 1 if small else _parts(form, blocks)
-        geometry += [parts, blocks.part, scratch // UNIT]
+        part = _part(width, blocks)
+        parts = 1 if small else -(-form.outputs * form.taps // part)
+        geometry += [parts, part, scratch // UNIT]
         if small:
             few = max(few, form.inputs)
         elif wanted is not None and wanted.columns:
@@ -154,10 +155,10 @@ def _tasks(layer: int, form: Form, width: int, wanted: Wanted | None, blocks: Bl
         return [(layer, 0, 0, g, line, i, 0) for g in groups for line in lines for i in columns]
     found: list[Task] = []
     starts = range(0, max(width, 1), blocks.inner)
-    several = max(blocks.lines // form.taps, 1)
+    several, length, end = max(blocks.lines // form.taps, 1), _part(width, blocks), form.outputs * form.taps
     for g in groups:
-        for part in range(_parts(form, blocks)):  # all that reads the same gradient comes close together
-            lines = range(part * blocks.part, min((part + 1) * blocks.part, form.outputs * form.taps))
+        for part, first in enumerate(range(0, end, length)):  # all that reads the same gradient comes close together
+            lines = range(first, min(first + length, end))
             if wanted.columns:
                 found += [(layer, 2, 0, g, i, c, part) for i in columns for c in starts]
             if wanted.kernel:
@@ -173,9 +174,9 @@ def _first_of(lines: range, taps: int, step: int) -> range:
     return range(-(-lines.start // size) * step, -(-lines.stop // size) * step, step)
 
 
-def _parts(form: Form, blocks: Blocks) -> int:
-    """In how many parts the lines of a layer are summed."""
-    return -(-form.outputs * form.taps // blocks.part)
+def _part(width: int, blocks: Blocks) -> int:
+    """How many lines of a layer are summed at once: enough for their gradient to be four times as large as the sum."""
+    return blocks.part * max(1, -(-4 * width // blocks.part))
 
 
 def _power(number: int) -> int:

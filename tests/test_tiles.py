@@ -141,8 +141,12 @@ def test_every_form(name: str) -> None:
 
 @pytest.mark.parametrize("blocks", [launch.BLOCKS, launch.LARGE], ids=["usual", "large"])
 def test_a_product_of_many_inner_channels(blocks: Blocks) -> None:
-    with launch.trying(blocks, blocks):
+    with launch.trying(blocks, replace(blocks, part=32)), traffic() as found:  # 70 lines: one part
         assert worst([layer_of("several tiles", ("product",), width=67)]) <= 1e-6
+    assert found.launches == ["compose_tiles", "differentiate_tiles"]
+    with launch.trying(blocks, replace(blocks, part=32)), traffic() as found:
+        assert worst([layer_of("dense", ("product",), width=13)]) <= 1e-6  # 68 lines in parts of 64
+    assert found.launches == ["compose_tiles", "differentiate_tiles", "add_parts"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
