@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from bench.cifar.__main__ import read
 from bench.cifar.arms import ARMS, Arm
 from bench.cifar.data import Images, batches, load, prepare
-from bench.cifar.page import KEPT, PAGE, renewed
+from bench.cifar.page import BEYOND, KEPT, PAGE, renewed
 from bench.cifar.show import draw
 from bench.cifar.tables import COLUMNS, best_rate, finals, markdown, rates_of, rows_of
 from bench.cifar.train import Setting, train, trained
@@ -121,7 +121,8 @@ def test_rates_are_chosen_by_the_mean_of_their_runs() -> None:
 
 def test_the_page_holds_what_the_runs_gave() -> None:
     page, records = PAGE.read_text(encoding="utf-8"), read(KEPT)
-    assert renewed(page, records) == page
+    assert renewed(page, records, read(BEYOND)) == page
+    assert all(len({r["rate"] for r in finals(records, name)}) <= 1 for name in ARMS)
     more = renewed(page, [record("gpd-strong", 0, 99.0), record("gpd-4", 0, 98.0)])
     assert "| GPD, weight 3 | 0.1 | 1 | 99.00 |" in more
     assert "cifar-ablation.svg" in more

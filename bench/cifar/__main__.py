@@ -23,7 +23,7 @@ import typer
 
 from bench.cifar.arms import ABLATION, ARMS, LOSSES, MAIN
 from bench.cifar.data import load
-from bench.cifar.page import KEPT, write
+from bench.cifar.page import BEYOND, KEPT, write
 from bench.cifar.show import show
 from bench.cifar.tables import best_rate
 from bench.cifar.train import STATIC_BLOCKS, Setting, train, trained
@@ -134,10 +134,10 @@ def run(
 
 @app.command()
 def page(folder: Annotated[Path | None, typer.Option(help="Take over its runs first.")] = None) -> None:
-    """Make the tables and pictures of docs/cifar.md from bench/results/cifar.jsonl."""
+    """Make the tables and pictures of docs/cifar.md from bench/results/cifar.jsonl and cifar-beyond.jsonl."""
     if folder is not None:
         shutil.copy(folder / "runs.jsonl", KEPT)
-    write(read(KEPT))
+    write(read(KEPT), read(BEYOND))
 
 
 @app.command(name="show")
