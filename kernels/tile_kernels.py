@@ -69,7 +69,7 @@ def _forward(
     at = row * inputs + i
     scale = read(tl.load(dyn + PRODUCT), row, mask_o, dtype)
     point, kernel = tl.load(dyn + PRODUCT + 1), tl.load(dyn + PRODUCT + 2)
-    value = tl.zeros_like(at * 1.0)
+    value = tl.zeros_like(at * 1.0)  # the product first: what comes later would take registers meanwhile
     if small:
         for c in range(width):
             left = scale * read(kernel, kernel_place_of(dyn, g, o, c, k), mask_o, dtype)
