@@ -44,9 +44,9 @@ def finals(records: Records, name: str) -> Records:
 
 
 def rows_of(records: Records, names: Iterable[str] = ARMS) -> list[list[str]]:
-    """One row an arm: accuracies of the last epoch, mean and standard deviation over seeds; the cost of a run."""
+    """One row an arm: accuracies of the last epoch, mean and standard deviation over seeds; a run's median cost."""
     alone = finals(records, "alone")
-    cost = statistics.mean(r["seconds"] for r in alone) if alone else None
+    cost = statistics.median(r["seconds"] for r in alone) if alone else None
     rows: list[list[str]] = []
     for name in names:
         found, arm = finals(records, name), ARMS[name]
@@ -56,7 +56,7 @@ def rows_of(records: Records, names: Iterable[str] = ARMS) -> list[list[str]]:
         gains = [r["folded"] - other[r["seed"]] for r in found if r["seed"] in other]
         teachers = [r["teacher"][-1] for r in found if r["teacher"]]
         ahead = [r["teacher"][-1] - r["student"][-1] for r in found if r["teacher"]]
-        seconds = statistics.mean(r["seconds"] for r in found)
+        seconds = statistics.median(r["seconds"] for r in found)
         rows.append(
             [
                 arm.title,
