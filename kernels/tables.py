@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpd_fx.errors import ArgumentError
 from gpd_fx.kernels.columns import UNIT
 from gpd_fx.kernels.forms import MOST_LINES, Form, form_of, lines_of, maps_of
 from gpd_fx.kernels.recipe import INPUT_FILTER, PRODUCT, Recipe
@@ -46,6 +47,15 @@ class Blocks:
     part: int
     warps: int
     stages: int
+
+    def __post_init__(self) -> None:
+        """Check that parts end where a chunk does: a chunk across two of them would be summed twice.
+
+        Raises:
+            ArgumentError: they do not.
+        """
+        if self.chunk < 1 or self.part < 1 or self.part % self.chunk:
+            raise ArgumentError(f"Blocks(part={self.part}) must be a multiple of chunk={self.chunk}")
 
     def options(self) -> dict[str, Any]:
         """How triton compiles a kernel; fusion is said aloud, since it warns that its default will change."""

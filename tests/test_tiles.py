@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gpd_fx
+from gpd_fx.errors import ArgumentError
 from gpd_fx.kernels import launch, recipe
 from gpd_fx.kernels.compose import InputFilter, Layer, Line, OutputFilter, Product, Term, compose
 from gpd_fx.kernels.reference import compose_reference
@@ -137,6 +138,11 @@ def test_every_form(name: str) -> None:
     with traffic() as found:
         assert worst([layer_of(name, KINDS)]) <= 1e-6
     assert found.launches == ["compose_tiles", "differentiate_tiles"]
+
+
+def test_a_part_ends_where_a_chunk_does() -> None:
+    with pytest.raises(ArgumentError, match=r"Blocks\(part=48\) must be a multiple of chunk=32"):
+        replace(launch.BLOCKS, part=48)
 
 
 @pytest.mark.parametrize("blocks", [launch.BLOCKS, launch.LARGE], ids=["usual", "large"])
