@@ -29,11 +29,11 @@ from bench.einsum import compose_by_einsum
 from bench.machine import prepare
 from bench.measure import Case, Check, Row, measure
 from bench.section import Section, report
-from gpd_fx.composition import Composition
-from gpd_fx.kernels import launch
-from gpd_fx.kernels.compose import Layer, compose
-from gpd_fx.kernels.reference import compose_reference
-from gpd_fx.models import resolve
+from gpd_fx.composition.composition import Composition
+from gpd_fx.io.models import resolve
+from gpd_fx.kernels.compose import launch
+from gpd_fx.kernels.compose.compose import Layer, compose
+from gpd_fx.kernels.compose.reference import compose_reference
 
 Compose = Callable[[Sequence[Layer]], tuple[list[Tensor], list[Tensor]]]
 CASES: dict[str, Compose] = {"einsum": compose_by_einsum, "reference": compose_reference, "grouped": compose}

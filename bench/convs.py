@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from gpd_fx.kernels.compose import InputFilter, Layer, OutputFilter, Product, Term, tap
+from gpd_fx.kernels.compose.compose import (
+    InputFilter,
+    Layer,
+    OutputFilter,
+    Product,
+    Term,
+    tap,
+)
 
 aten = torch.ops.aten
 

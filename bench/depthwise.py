@@ -22,8 +22,8 @@ from bench.compose import worst
 from bench.machine import prepare
 from bench.measure import Case, Check, Row, measure
 from bench.section import Section, report
-from gpd_fx.kernels.depthwise import depthwise_norm
-from gpd_fx.kernels.depthwise_launch import Conv
+from gpd_fx.kernels.depthwise.launch import Conv
+from gpd_fx.kernels.depthwise.op import depthwise_norm
 
 Layer = tuple[int, int, int]
 MOBILENET: tuple[Layer, ...] = (

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpd_fx.kernels.compose import InputFilter, Layer, OutputFilter, Product, Term, tap
-from gpd_fx.layout import along, take
+from gpd_fx.kernels.compose.compose import (
+    InputFilter,
+    Layer,
+    OutputFilter,
+    Product,
+    Term,
+    tap,
+)
+from gpd_fx.kernels.compose.layout import along, take
 
 AXES = "xyz"
 

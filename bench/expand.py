@@ -17,7 +17,7 @@ from bench.machine import prepare
 from bench.measure import Case, Check, measure
 from bench.section import Section, report
 from bench.zoo.models import CORE, entry_of, inputs_for
-from gpd_fx.verify import relative_error
+from gpd_fx.verify.verification import relative_error
 
 TOLERANCE, ROUNDING = 1e-9, 1e-4
 """In float64, and of the capture in the model's own float32."""

@@ -22,8 +22,8 @@ from bench.compose import awaken
 from bench.machine import prepare
 from bench.measure import Case, Check, Row, measure
 from bench.section import Section, report
-from gpd_fx.models import resolve
-from gpd_fx.verify import relative_error
+from gpd_fx.io.models import resolve
+from gpd_fx.verify.verification import relative_error
 
 MODELS = (
     "torchvision:resnet18",

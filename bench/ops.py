@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gpd_fx.files import write_text
+from gpd_fx.io.files import write_text
 from gpd_fx.rules.index import pointwise
 from gpd_fx.rules.notation import Einsum
 from gpd_fx.rules.site import Rule

@@ -38,11 +38,11 @@ from bench.machine import prepare, untuned
 from bench.measure import Case, Check, Row, measure
 from bench.section import Section, report
 from bench.zoo.check import switch_off_randomness
-from gpd_fx.kernels.reference import compose_reference
-from gpd_fx.models import resolve
+from gpd_fx.io.models import resolve
+from gpd_fx.kernels.compose.reference import compose_reference
 from gpd_fx.passes import Merge
-from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import relative_error
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.verify.verification import relative_error
 
 Pair = tuple[Tensor, Tensor]
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -24,9 +24,9 @@ from bench.everything import RESNET18, RESNET50
 from bench.machine import prepare
 from bench.measure import Case, Check, measure
 from bench.section import Section, report
-from gpd_fx.kernels import launch
-from gpd_fx.kernels.compose import compose
-from gpd_fx.kernels.tables import Blocks
+from gpd_fx.kernels.compose import launch
+from gpd_fx.kernels.compose.compose import compose
+from gpd_fx.kernels.compose.tables import Blocks
 
 Pair = tuple[Blocks, Blocks]
 SIDES = ("forward", "both")

@@ -18,11 +18,11 @@ import torch
 from torch import fx
 
 from gpd_fx.errors import PassError
+from gpd_fx.fxtools.attributes import has, with_graph
+from gpd_fx.fxtools.node_arguments import bind
+from gpd_fx.fxtools.torch_internals import copy_graph
 from gpd_fx.passes.base import Pass, PassResult
-from gpd_fx.paths import has, with_graph
-from gpd_fx.private import copy_graph
-from gpd_fx.rules.site import bind
-from gpd_fx.weights import weight_layout
+from gpd_fx.rules.weights import weight_layout
 
 aten = torch.ops.aten
 _ADDED = "gpd_fx_apart"

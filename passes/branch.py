@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from gpd_fx.branches import MAIN, resolve_branches
-from gpd_fx.composition import Composition
+from gpd_fx.composition.branches import MAIN, resolve_branches
+from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import PassError
-from gpd_fx.layout import KernelLayout, ParamPlan
+from gpd_fx.kernels.compose.layout import KernelLayout
 from gpd_fx.passes.base import Pass, PassResult
-from gpd_fx.weights import weight_layout
+from gpd_fx.plan.parameter_plan import ParamPlan
+from gpd_fx.rules.weights import weight_layout
 
 ALIASES = "gpd_fx_aliases"
 """Key in the meta of the composition's node: every name of each parameter that it replaced."""

@@ -8,52 +8,20 @@ A wide graph made by `Widen` holds alpha·M, so there the slice is divided by al
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from gpd_fx.errors import FoldError, PassError
-from gpd_fx.layout import ParamPlan, along
+from gpd_fx.errors import PassError
+from gpd_fx.fxtools.attributes import fetch, put
+from gpd_fx.fxtools.torch_internals import copy_graph
+from gpd_fx.kernels.compose.layout import along
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import find_composition
 from gpd_fx.passes.widen import GRAPH, PLAN
-from gpd_fx.paths import fetch, put
-from gpd_fx.plan import Plan
-from gpd_fx.private import copy_graph
-from gpd_fx.teacher import DynamicTeacher
-
-
-def fold(teacher: nn.Module) -> nn.Module:
-    """The trained student: a module of the given model's class, with its `state_dict` keys and shapes.
-
-    Args:
-        teacher: what `gpd_fx.expand` returned, trained or not; wrapped by `torch.compile` or DistributedDataParallel or
-            not. It is not changed.
-
-    Returns:
-        A new module in the teacher's mode. Its parameters are the student's slices of the merged kernels, its buffers
-        are the student's own.
-
-    Raises:
-        FoldError: the argument is no dynamic teacher.
-    """
-    given = teacher
-    while not isinstance(teacher, DynamicTeacher):
-        inner = getattr(teacher, "_orig_mod", None) or getattr(teacher, "module", None)
-        if not isinstance(inner, nn.Module):
-            raise FoldError(f"cannot fold a {type(given).__name__}; pass what gpd_fx.expand or gpd_fx.load returned")
-        teacher = inner
-    student = copy.deepcopy(teacher.skeleton)
-    with torch.no_grad():
-        tensors = teacher.composition.student()
-    made = {n: nn.Parameter(t.detach().clone(), requires_grad=teacher.trainable[n]) for n, t in tensors.items()}
-    for alias, name in teacher.aliases.items():
-        if name in made:
-            owner, _, leaf = alias.rpartition(".")
-            setattr(student.get_submodule(owner), leaf, made[name])
-    return student
+from gpd_fx.plan.parameter_plan import ParamPlan
+from gpd_fx.plan.plan import Plan
 
 
 @dataclass(frozen=True)

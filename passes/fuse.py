@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gpd_fx.kernels.depthwise import depthwise_norm
-from gpd_fx.kernels.depthwise_launch import MOST_SIDE, padding_of
+from gpd_fx.fxtools.attributes import fetch, with_graph
+from gpd_fx.fxtools.node_arguments import bind, op_name
+from gpd_fx.fxtools.torch_internals import OpOverload, copy_graph, schema
+from gpd_fx.kernels.depthwise.launch import MOST_SIDE, padding_of
+from gpd_fx.kernels.depthwise.op import depthwise_norm
 from gpd_fx.passes.base import Pass, PassResult
-from gpd_fx.paths import fetch, with_graph
-from gpd_fx.private import OpOverload, copy_graph, schema
-from gpd_fx.rules.site import bind, op_name
-from gpd_fx.weights import weight_layout
+from gpd_fx.rules.weights import weight_layout
 
 aten = torch.ops.aten
 MOST_STRIDE = 2

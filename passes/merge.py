@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from gpd_fx.composition import Composition
+from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import PassError
+from gpd_fx.fxtools.attributes import put
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import ALIASES, find_composition
-from gpd_fx.paths import put
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from gpd_fx.analysis import analyse, check_captured
-from gpd_fx.axes import show
+from gpd_fx.axes.expressions import show
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.widen import GRAPH
-from gpd_fx.plan import make_plan
-from gpd_fx.report import frozen_notes
+from gpd_fx.plan.analysis import analyse, check_captured
+from gpd_fx.plan.frozen_axes import frozen_notes
+from gpd_fx.plan.plan import make_plan
 
 AXES = "gpd_axes"
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from gpd_fx.analysis import analyse, check_captured
+from gpd_fx.fxtools.attributes import fetch, put
+from gpd_fx.fxtools.torch_internals import copy_graph
 from gpd_fx.passes.base import Pass, PassResult
-from gpd_fx.paths import fetch, put
-from gpd_fx.plan import Plan, make_plan
-from gpd_fx.private import copy_graph
-from gpd_fx.ratios import Ratio
-from gpd_fx.report import frozen_notes
+from gpd_fx.plan.analysis import analyse, check_captured
+from gpd_fx.plan.frozen_axes import frozen_notes
+from gpd_fx.plan.plan import Plan, make_plan
+from gpd_fx.plan.ratios import Ratio
 from gpd_fx.rules.rewriter import Rewriter
 
 GRAPH = "graph"  # the name of a graph that is analysed alone

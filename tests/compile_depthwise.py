@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from gpd_fx.kernels import depthwise_kernels, depthwise_launch
-from gpd_fx.kernels.depthwise_launch import Conv
+from gpd_fx.kernels.depthwise import launch as depthwise_launch
+from gpd_fx.kernels.depthwise import triton_kernels as depthwise_kernels
+from gpd_fx.kernels.depthwise.launch import Conv
 from tests.compile_tiles import asked, figures
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

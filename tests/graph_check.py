@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gpd_fx.analysis import Analysis, analyse, names_of
-from gpd_fx.capture import Mode, capture_skeleton, shallow_copy
+from gpd_fx.capture.capture import Mode, capture_skeleton, shallow_copy
+from gpd_fx.fxtools.attributes import fetch
+from gpd_fx.fxtools.node_arguments import op_name
+from gpd_fx.fxtools.torch_internals import free_size
 from gpd_fx.passes.widen import widen_graph
-from gpd_fx.paths import fetch
-from gpd_fx.plan import Plan, make_plan
-from gpd_fx.private import free_size
-from gpd_fx.ratios import Ratio
-from gpd_fx.rules.site import op_name
-from gpd_fx.verify import relative_error
+from gpd_fx.plan.analysis import Analysis, analyse, names_of
+from gpd_fx.plan.plan import Plan, make_plan
+from gpd_fx.plan.ratios import Ratio
+from gpd_fx.verify.verification import relative_error
 
 TOLERANCE = 1e-9
 RATIOS = (2.0, 3.0, 1.5, 1.3)

@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import gpd_fx
-from gpd_fx import expansion
-from gpd_fx.analysis import Analysis
-from gpd_fx.layout import ParamPlan
-from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import relative_error
+from gpd_fx.plan.analysis import Analysis
+from gpd_fx.plan.parameter_plan import ParamPlan
+from gpd_fx.teacher import study
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.verify.verification import relative_error
 from tests.graph_check import TOLERANCE, nudge, open_batch
 from tests.graphs import Program, RandomNet, example
 
@@ -34,8 +34,8 @@ def watched() -> Generator[list[Analysis]]:
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    original = expansion.analyse
-    with mock.patch.object(expansion, "analyse", analyse):
+    original = study.analyse
+    with mock.patch.object(study, "analyse", analyse):
         yield made
 
 

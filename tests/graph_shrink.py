@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.fx.graph import CodeGen
 
 import gpd_fx
-from gpd_fx.capture import capture
-from gpd_fx.paths import fetch
-from gpd_fx.private import copy_graph
+from gpd_fx.capture.capture import capture
+from gpd_fx.fxtools.attributes import fetch
+from gpd_fx.fxtools.torch_internals import copy_graph
 from tests.graph_check import Setting, WrongError
 from tests.graph_trials import Trial
 from tests.graphs import SOURCES, Program, RandomNet, Step, example

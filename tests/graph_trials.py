@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 import gpd_fx
-from gpd_fx.capture import Mode
+from gpd_fx.capture.capture import Mode
 from tests.graph_check import Found, Setting, WrongError, check, draw_settings
 from tests.graph_laws import check_laws, quiet
 from tests.graphs import Program, RandomNet, draw_program, example

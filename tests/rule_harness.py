@@ -19,13 +19,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-import gpd_fx.plan
-import gpd_fx.ratios
-from gpd_fx.analysis import Analysis, analyse
-from gpd_fx.axes import Atom, Expr, Reason, show
+from gpd_fx.axes.expressions import (
+    Atom,
+    Expr,
+    Reason,
+    show,
+)
 from gpd_fx.passes.widen import GRAPH, widen_graph
-from gpd_fx.plan import Plan, make_plan
-from gpd_fx.ties import Dim
+from gpd_fx.plan import plan as planning
+from gpd_fx.plan import ratios as planned_ratios
+from gpd_fx.plan.analysis import Analysis, analyse
+from gpd_fx.plan.plan import Plan, make_plan
+from gpd_fx.plan.tied_dimensions import Dim
 
 aten = torch.ops.aten
 TOLERANCE = 1e-12
@@ -319,7 +324,7 @@ _RATIOS = (2.0, 1.34, 2.67, 1.67, 3.0, 2.34)  # equal sizes then differ once the
 def _own_ratios(seed: int) -> Generator[None]:
     """Plans made inside give each atom a ratio of its own, and unless the seed is 0 hold some atoms back."""
     rng = random.Random(seed)
-    one_per_product = vars(gpd_fx.plan)["_one_per_product"]
+    one_per_product = vars(planning)["_one_per_product"]
     ratios = cycle(rng.sample(_RATIOS, len(_RATIOS)) if seed else _RATIOS)
     drawn: dict[Atom, float] = {}
 
@@ -331,11 +336,11 @@ def _own_ratios(seed: int) -> Generator[None]:
         one_per_product(analysis, candidates, held)
 
     def asked(*_: object) -> dict[Atom, list[Any]]:
-        ask = vars(gpd_fx.ratios)["_Ask"]
+        ask = vars(planned_ratios)["_Ask"]
         return {atom: [ask(Dim("test", 0), ratio, "*")] for atom, ratio in drawn.items()}
 
-    held_back = patch("gpd_fx.plan._one_per_product", hold)
-    with held_back, patch("gpd_fx.ratios._asked", asked), patch("gpd_fx.ratios._idle", return_value=[]):
+    held_back = patch("gpd_fx.plan.plan._one_per_product", hold)
+    with held_back, patch("gpd_fx.plan.ratios._asked", asked), patch("gpd_fx.plan.ratios._idle", return_value=[]):
         yield
 
 

@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpd_fx.axes import (
+from gpd_fx.axes.expressions import (
     Atom,
-    AxisMismatchError,
-    AxisSolver,
     Cat,
     Expr,
     Reason,
@@ -31,8 +29,9 @@ from gpd_fx.axes import (
     show,
     size,
 )
+from gpd_fx.axes.solver import AxisMismatchError, AxisSolver
+from gpd_fx.axes.widening import Copies, Widening
 from gpd_fx.rules.shape import reshape_axes
-from gpd_fx.widening import Copies, Widening
 
 LARGEST = 120
 Draw: TypeAlias = Callable[[st.SearchStrategy[Any]], Any]

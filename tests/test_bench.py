@@ -25,9 +25,9 @@ from bench.measure import Case, Check, Row, measure
 from bench.section import Results, SchemaError, Section
 from bench.step import COMPILED, NAMES
 from bench.tiny import network
-from gpd_fx.kernels import launch
+from gpd_fx.kernels.compose import launch
 from gpd_fx.passes import Merge
-from gpd_fx.verify import relative_error
+from gpd_fx.verify.verification import relative_error
 from tests.tiles import interpreted
 
 CPU = torch.device("cpu")

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpd_fx.branches import KINDS, MAIN, SETS, Sizes, cosine_filters, find_kind, resolve_branches
-from gpd_fx.composition import Composition
+from gpd_fx.composition.branches import (
+    KINDS,
+    MAIN,
+    SETS,
+    Sizes,
+    cosine_filters,
+    find_kind,
+    resolve_branches,
+)
+from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import ArgumentError
-from gpd_fx.layout import KernelLayout, ParamPlan
+from gpd_fx.kernels.compose.layout import KernelLayout
+from gpd_fx.plan.parameter_plan import ParamPlan
 
 CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 import gpd_fx
 from gpd_fx.errors import CaptureError, InputError
-from gpd_fx.private import OpOverload
-from gpd_fx.rules.site import op_name
+from gpd_fx.fxtools.node_arguments import op_name
+from gpd_fx.fxtools.torch_internals import OpOverload
 
 Randomise = Callable[[nn.Module], nn.Module]
 

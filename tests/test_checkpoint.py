@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpd_fx.checkpoint import load, save
+from gpd_fx.api.checkpoint import load, save
+from gpd_fx.api.expansion import expand
 from gpd_fx.errors import ArgumentError, CheckpointError
-from gpd_fx.expansion import expand
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 Randomise = Callable[[nn.Module], nn.Module]
 

@@ -20,7 +20,7 @@ from bench.cifar.page import BEYOND, KEPT, PAGE, renewed
 from bench.cifar.show import draw
 from bench.cifar.tables import COLUMNS, best_rate, finals, markdown, rates_of, rows_of
 from bench.cifar.train import Setting, train, trained
-from gpd_fx.models import save_weights
+from gpd_fx.io.models import save_weights
 
 
 def test_images_are_read_and_kept(tmp_path: Path) -> None:

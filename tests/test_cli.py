@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from gpd_fx import expand, fold, save
-from gpd_fx.cli import app
-from gpd_fx.digits import DigitNet
+from gpd_fx.cli.app import app
+from gpd_fx.cli.options import parse_ratios
+from gpd_fx.demo.digits import DigitNet
 from gpd_fx.distill.config import load_config
 from gpd_fx.distill.metrics import read_metrics
-from gpd_fx.models import save_weights
-from gpd_fx.options import parse_ratios
+from gpd_fx.io.models import save_weights
 from tests.distill_data import write_images
 
-DIGITS = "gpd_fx.digits:DigitNet"
+DIGITS = "gpd_fx.demo.digits:DigitNet"
 
 
 def run(*arguments: str | Path) -> Result:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gpd_fx
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 
 def step(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpd_fx.branches import KINDS
-from gpd_fx.composition import Composition
+from gpd_fx.composition.branches import KINDS
+from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import ArgumentError
-from gpd_fx.kernels.compose import compose
-from gpd_fx.layout import Cut, KernelLayout, ParamPlan, take
+from gpd_fx.kernels.compose.compose import compose
+from gpd_fx.kernels.compose.layout import Cut, KernelLayout, take
+from gpd_fx.plan.parameter_plan import ParamPlan
 
 ALL = tuple(KINDS)
 

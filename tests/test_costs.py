@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpd_fx
-from gpd_fx.analysis import analyse
-from gpd_fx.costs import network_flops
 from gpd_fx.passes.widen import GRAPH
-from gpd_fx.plan import make_plan
+from gpd_fx.plan.analysis import analyse
+from gpd_fx.plan.costs import network_flops
+from gpd_fx.plan.plan import make_plan
 
 
 class Convs(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import gpd_fx
-from gpd_fx.composition import Composition
-from gpd_fx.kernels import transfer
-from gpd_fx.kernels.compose import Layer, compose
+from gpd_fx.composition.composition import Composition
+from gpd_fx.kernels.compose import transfer
+from gpd_fx.kernels.compose.compose import Layer, compose
 from tests.test_tiles import KINDS, SHAPES, bare, cast, layer_of, tensors, worst
 
 DEVICE = "cuda"

@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 
 from gpd_fx import expand
 from gpd_fx.demo import demo, verdict
+from gpd_fx.demo.digits import Digits, load_digits
 from gpd_fx.demo.runs import ARMS, RATES, Arm, Run, Setting, best_rate, cost_ratio, new_student, train_all
-from gpd_fx.digits import Digits, load_digits
 from gpd_fx.distill import Epoch, Images, Score, fit
 from gpd_fx.errors import ArgumentError
 

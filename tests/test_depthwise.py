@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpd_fx.distill.syncbn import SyncedBatchNorm
-from gpd_fx.kernels import depthwise, depthwise_launch
-from gpd_fx.kernels.depthwise import backward_op, depthwise_norm, depthwise_norm_op
+from gpd_fx.kernels.depthwise import launch as depthwise_launch
+from gpd_fx.kernels.depthwise import op as depthwise
+from gpd_fx.kernels.depthwise.op import backward_op, depthwise_norm, depthwise_norm_op
 from tests.tiles import interpreted, traffic
 
 # triton 3.6 makes numbers of arrays in a way that numpy warns about

@@ -14,7 +14,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpd_fx import GPDLoss, expand, fold, load
+from gpd_fx import (
+    GPDLoss,
+    expand,
+    fold,
+    load,
+)
 from gpd_fx.distill import DistillConfig, Results, distill
 from gpd_fx.distill.config import load_config
 from gpd_fx.distill.evaluation import recalibrate, score
@@ -22,8 +27,8 @@ from gpd_fx.distill.metrics import Recorder, read_metrics
 from gpd_fx.distill.objective import Objective
 from gpd_fx.distill.state import checkpoints, read_state
 from gpd_fx.errors import ArgumentError, CheckpointError, TrainingError
+from gpd_fx.io.models import load_weights, save_weights
 from gpd_fx.losses import dkd, kd
-from gpd_fx.models import load_weights, save_weights
 from tests.distill_data import CLASSES, Net, config, images, tensors, write_images
 from tests.forked import needs_fork, start
 
@@ -224,7 +229,12 @@ def test_data_and_models_that_do_not_fit(tmp_path: Path) -> None:
     data = str(write_images(tmp_path / "data", 12, 6))
     refused("transforms has 'flip', which timm's create_transform does not take", data=data, transforms={"flip": 1})
     refused("timm cannot read its part 'train'", data=data, dataset="torch/nothing")
-    refused("gpd_fx.digits:DigitNet,num_classes=3", data=data, student="gpd_fx.digits:DigitNet", input_size=[1, 8, 8])
+    refused(
+        "gpd_fx.demo.digits:DigitNet,num_classes=3",
+        data=data,
+        student="gpd_fx.demo.digits:DigitNet",
+        input_size=[1, 8, 8],
+    )
     refused("does not take images of [1, 8, 8]", data=data, input_size=[1, 8, 8])
     refused("would have random weights", data=data, static_teacher="torchvision:resnet18")
     refused("cannot be read by ONNX Runtime", data=data, static_teacher=str(tmp_path / "missing.onnx"))

@@ -21,7 +21,7 @@ from gpd_fx.distill.setup import make_accelerator
 from gpd_fx.distill.syncbn import SyncedBatchNorm
 from gpd_fx.distill.watch import Watcher
 from gpd_fx.errors import ArgumentError
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 from tests.distill_data import CLASSES, Net, config, tensors
 from tests.forked import distributed, needs_fork
 

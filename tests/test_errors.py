@@ -13,9 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpd_fx
-from gpd_fx import plan
-from gpd_fx.errors import ArgumentError, CaptureError, FoldError, GPDError, InputError, VerificationError
-from gpd_fx.layout import ParamPlan
+from gpd_fx.errors import (
+    ArgumentError,
+    CaptureError,
+    FoldError,
+    GPDError,
+    InputError,
+    VerificationError,
+)
+from gpd_fx.plan import plan
+from gpd_fx.plan.parameter_plan import ParamPlan
 from gpd_fx.rules import index, table
 from gpd_fx.rules.site import Rule, Site, Value
 

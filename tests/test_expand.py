@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gpd_fx
 from gpd_fx.errors import ArgumentError, GPDWarning
-from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import relative_error
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.verify.verification import relative_error
 
 Randomise = Callable[[nn.Module], nn.Module]
 D = torch.float64

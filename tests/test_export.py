@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpd_fx import export
+from gpd_fx.api import export
+from gpd_fx.api.export import export_onnx
 from gpd_fx.errors import ArgumentError, ExportError, InputError
-from gpd_fx.export import export_onnx
-from gpd_fx.flat import draw
+from gpd_fx.fxtools.flat_module import draw
 
 Randomise = Callable[[nn.Module], nn.Module]
 

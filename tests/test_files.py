@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpd_fx.errors import ArgumentError
-from gpd_fx.files import output_path, publish, staging
+from gpd_fx.io.files import output_path, publish, staging
 
 
 def test_a_published_file_replaces_the_old_one_and_the_staging_folder_is_gone(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gpd_fx
 from gpd_fx.errors import FoldError
-from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import relative_error
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.verify.verification import relative_error
 
 Randomise = Callable[[nn.Module], nn.Module]
 D = torch.float64

@@ -14,13 +14,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import gpd_fx
-from gpd_fx.fusion import FusingCalls
-from gpd_fx.kernels import depthwise, depthwise_launch
+from gpd_fx.fxtools.torch_internals import copy_graph
+from gpd_fx.kernels.depthwise import launch as depthwise_launch
+from gpd_fx.kernels.depthwise import op as depthwise
 from gpd_fx.passes import FuseDepthwise, Merge
 from gpd_fx.passes.fuse import two_again
-from gpd_fx.private import copy_graph
-from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import relative_error
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.teacher.fusion import FusingCalls
+from gpd_fx.verify.verification import relative_error
 from tests.test_schedule import awaken
 from tests.tiles import interpreted, traffic
 

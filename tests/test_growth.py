@@ -12,12 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpd_fx import DynamicTeacher, GPDLoss, expand, fold, grow, load, save
-from gpd_fx.axes import Expr
-from gpd_fx.digits import DigitNet
+from gpd_fx import (
+    DynamicTeacher,
+    GPDLoss,
+    expand,
+    fold,
+    grow,
+    load,
+    save,
+)
+from gpd_fx.axes.expressions import Expr
+from gpd_fx.axes.widening import Widening
+from gpd_fx.demo.digits import DigitNet
 from gpd_fx.errors import ArgumentError, CheckpointError, VerificationError
-from gpd_fx.ratios import Ratio
-from gpd_fx.widening import Widening
+from gpd_fx.plan.ratios import Ratio
 from tests.test_checkpoint import assert_same, description, rewrite
 
 Randomise = Callable[[nn.Module], nn.Module]

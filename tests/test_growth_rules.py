@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpd_fx.axes import Expr
-from gpd_fx.expansion import study_model
+from gpd_fx.axes.expressions import Expr
+from gpd_fx.axes.widening import Widening, parents
 from gpd_fx.passes.widen import GRAPH, widen_graph
-from gpd_fx.plan import Plan, make_plan
-from gpd_fx.widening import Widening, parents
+from gpd_fx.plan.plan import Plan, make_plan
+from gpd_fx.teacher.study import study_model
 from tests.rule_harness import Checked, difference, values
 from tests.test_rules import CASES, checked_case, contracts
 

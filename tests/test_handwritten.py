@@ -15,7 +15,7 @@ from bench.zoo.check import randomise, switch_off_randomness
 from bench.zoo.entry import Entry
 from bench.zoo.exact import Exact
 from bench.zoo.handwritten import MODELS
-from gpd_fx.verify import relative_error
+from gpd_fx.verify.verification import relative_error
 
 
 def another_batch(example: Any) -> Any:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gpd_fx
+from gpd_fx.capture.example_inputs import example_inputs, prepare
 from gpd_fx.errors import CaptureError, InputError
-from gpd_fx.inputs import example_inputs, prepare
 
 
 class Chain(nn.Module):

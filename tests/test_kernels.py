@@ -11,12 +11,25 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from gpd_fx.kernels import plain
-from gpd_fx.kernels.compose import InputFilter, Layer, Line, OutputFilter, Product, Term, compose
-from gpd_fx.kernels.grouped import backward_op, compose_op
-from gpd_fx.kernels.recipe import Recipe, encode, flatten, parse
-from gpd_fx.kernels.reference import compose_reference
-from gpd_fx.layout import Cut, KernelLayout, Slice
+from gpd_fx.kernels.compose import plain
+from gpd_fx.kernels.compose.compose import (
+    InputFilter,
+    Layer,
+    Line,
+    OutputFilter,
+    Product,
+    Term,
+    compose,
+)
+from gpd_fx.kernels.compose.grouped import backward_op, compose_op
+from gpd_fx.kernels.compose.layout import Cut, KernelLayout, Slice
+from gpd_fx.kernels.compose.recipe import (
+    Recipe,
+    encode,
+    flatten,
+    parse,
+)
+from gpd_fx.kernels.compose.reference import compose_reference
 
 KINDS = ("output", "input", "product", "lines")
 SHAPES = {

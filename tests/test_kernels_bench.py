@@ -17,10 +17,10 @@ from bench.einsum import compose_by_einsum
 from bench.everything import TINY
 from bench.measure import Case
 from bench.section import Results
-from gpd_fx.kernels import depthwise as kernels
-from gpd_fx.kernels import depthwise_launch
-from gpd_fx.kernels.compose import Layer, OutputFilter
-from gpd_fx.layout import Cut, KernelLayout
+from gpd_fx.kernels.compose.compose import Layer, OutputFilter
+from gpd_fx.kernels.compose.layout import Cut, KernelLayout
+from gpd_fx.kernels.depthwise import launch as depthwise_launch
+from gpd_fx.kernels.depthwise import op as kernels
 from tests.tiles import interpreted, traffic
 
 pytestmark = [

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpd_fx.errors import ArgumentError
-from gpd_fx.losses import GPDLoss, dkd, kd, select_logits, soft_cross_entropy
+from gpd_fx.losses import (
+    GPDLoss,
+    dkd,
+    kd,
+    select_logits,
+    soft_cross_entropy,
+)
 
 CLASSES = 7
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from gpd_fx.composition import Composition
+from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import ArgumentError, PassError
 from gpd_fx.passes.base import Pipeline
 from gpd_fx.passes.branch import Branch

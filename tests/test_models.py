@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from gpd_fx.digits import DigitNet
+from gpd_fx.demo.digits import DigitNet
 from gpd_fx.errors import ArgumentError, CheckpointError
-from gpd_fx.models import load_weights, resolve, save_weights
+from gpd_fx.io.models import load_weights, resolve, save_weights
 
 HERE = "not_a_number = 3\ndef text():\n    return 'x'\ndef broken():\n    raise KeyError('inside')\n"
 
@@ -27,13 +27,13 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_factory_a_class_an_attribute_and_a_module(user_module: str) -> None:
-    assert isinstance(resolve("gpd_fx.digits:DigitNet"), DigitNet)
+    assert isinstance(resolve("gpd_fx.demo.digits:DigitNet"), DigitNet)
     assert isinstance(resolve(f"{user_module}:Group.net"), nn.Tanh)
     assert isinstance(resolve(f"{user_module}:ready"), nn.ReLU)
 
 
 def test_options_follow_the_name() -> None:
-    assert resolve("gpd_fx.digits:DigitNet,width=7").get_parameter("stem.weight").shape[0] == 7
+    assert resolve("gpd_fx.demo.digits:DigitNet,width=7").get_parameter("stem.weight").shape[0] == 7
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_options_follow_the_name() -> None:
         ("torchvision", "did you mean torchvision:NAME"),
         (":x", "not of the form"),
         ("hub:resnet18", "importing 'hub' failed with ModuleNotFoundError"),
-        ("gpd_fx.digits:DigitNets", "gpd_fx.digits has no 'DigitNets'; close to it: DigitNet"),
+        ("gpd_fx.demo.digits:DigitNets", "gpd_fx.demo.digits has no 'DigitNets'; close to it: DigitNet"),
         ("user_models:text", "returned a str, not a torch.nn.Module"),
         ("user_models:broken", "building it failed with KeyError: 'inside'"),
-        ("gpd_fx.digits:DigitNet,width", "'width' is no option; write NAME=VALUE"),
-        ("gpd_fx.digits:DigitNet,height=3", "building it failed with TypeError"),
+        ("gpd_fx.demo.digits:DigitNet,width", "'width' is no option; write NAME=VALUE"),
+        ("gpd_fx.demo.digits:DigitNet,height=3", "building it failed with TypeError"),
         ("timm:resnet18,pretrained=true", "'pretrained' would download"),
         ("user_models:not_a_number", "names a int"),
         ("user_broken:x", "No module named 'does_not_exist_at_all'"),

@@ -15,11 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import gpd_fx
-from gpd_fx.composition import Composition
+from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import ArgumentError, PassError
-from gpd_fx.passes import Branch, Fold, Merge, Pass, PassResult, Pipeline, Propagate, Widen
+from gpd_fx.passes import (
+    Branch,
+    Fold,
+    Merge,
+    Pass,
+    PassResult,
+    Pipeline,
+    Propagate,
+    Widen,
+)
 from gpd_fx.passes.propagate import AXES
-from gpd_fx.verify import relative_error
+from gpd_fx.verify.verification import relative_error
 
 Randomise = Callable[[nn.Module], nn.Module]
 D = torch.float64

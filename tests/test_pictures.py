@@ -15,13 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import gpd_fx
-from gpd_fx.analysis import analyse
-from gpd_fx.layered import arrange
 from gpd_fx.passes.widen import GRAPH
-from gpd_fx.pictures import BOXES, STATES, Op, boxes, trace
-from gpd_fx.plan import make_plan
-from gpd_fx.report import frozen_axes
-from gpd_fx.svg import draw
+from gpd_fx.plan.analysis import analyse
+from gpd_fx.plan.frozen_axes import frozen_axes
+from gpd_fx.plan.plan import make_plan
+from gpd_fx.report.graph_picture import (
+    BOXES,
+    STATES,
+    Op,
+    boxes,
+    trace,
+)
+from gpd_fx.report.layered_layout import arrange
+from gpd_fx.report.svg import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpd_fx
 from bench.zoo.check import randomise
+from gpd_fx.api.expansion import make_teacher
+from gpd_fx.axes.widening import Widening
 from gpd_fx.errors import VerificationError
-from gpd_fx.expansion import make_draft, make_teacher, study_model
-from gpd_fx.precision import DOUBLE, LARGE, SINGLE, precision_for
 from gpd_fx.rules.effects import Contract
-from gpd_fx.verify import check_expansion, elements
-from gpd_fx.widening import Widening
+from gpd_fx.teacher.study import make_draft, study_model
+from gpd_fx.verify import precision
+from gpd_fx.verify.precision import DOUBLE, LARGE, SINGLE, precision_for
+from gpd_fx.verify.verification import check_expansion, elements
 
 
 class Ledger(TorchDispatchMode):
@@ -94,7 +96,7 @@ def test_an_error_just_beyond_rounding_is_found_in_single_precision(
 
 @pytest.mark.parametrize("ratio", [1.5, 2.0, 3.0])
 def test_expand_takes_little_more_than_both_networks(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpd_fx.precision.LARGE", 0)
+    monkeypatch.setattr(precision, "LARGE", 0)
     model = wide_net()
     with Ledger() as ledger:
         teacher = gpd_fx.expand(model, ratio, (torch.randn(2, 64),), branches=None)

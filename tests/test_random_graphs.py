@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import gpd_fx
-from gpd_fx.axes import Expr
-from gpd_fx.passes import Branch, Fold, Merge, Pipeline, Widen
+from gpd_fx.axes.expressions import Expr
+from gpd_fx.axes.widening import Widening
+from gpd_fx.passes import (
+    Branch,
+    Fold,
+    Merge,
+    Pipeline,
+    Widen,
+)
 from gpd_fx.rules.effects import Linear
-from gpd_fx.verify import relative_error
-from gpd_fx.widening import Widening
+from gpd_fx.verify.verification import relative_error
 from tests import test_regressions
 from tests.graph_check import RATIOS, Setting, WrongError, check, nudge, open_batch
 from tests.graph_laws import check_growth, check_laws, check_outputs, check_step, close, expand, quiet, same_state

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import gpd_fx
-from gpd_fx.capture import Mode
-from gpd_fx.ratios import Ratio
+from gpd_fx.capture.capture import Mode
+from gpd_fx.plan.ratios import Ratio
 from tests.graph_check import Asked, check
 
 aten: Any = torch.ops.aten

@@ -16,8 +16,9 @@ from markdown_it import MarkdownIt
 from torch import Tensor, nn
 
 import gpd_fx
-from gpd_fx.report import ChannelGroup, FrozenAxis
-from gpd_fx.spans import pattern, span
+from gpd_fx.fxtools.name_patterns import pattern, span
+from gpd_fx.plan.frozen_axes import FrozenAxis
+from gpd_fx.report.expansion_report import ChannelGroup
 
 
 class Layer(nn.Module):

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpd_fx.analysis import analyse
-from gpd_fx.axes import Atom
-from gpd_fx.capture import capture
+from gpd_fx.axes.expressions import Atom
+from gpd_fx.capture.capture import capture
+from gpd_fx.fxtools.torch_internals import schema
 from gpd_fx.passes.widen import GRAPH, widen_graph
-from gpd_fx.plan import Plan, make_plan
-from gpd_fx.private import schema
+from gpd_fx.plan.analysis import analyse
+from gpd_fx.plan.plan import Plan, make_plan
 from gpd_fx.rules import RULES, effects, rule_of
 from gpd_fx.rules.effects import Contract
 from gpd_fx.rules.index import pointwise
@@ -309,7 +309,7 @@ def contracts(plan: Plan) -> bool:
 def test_alpha_of_ones_is_noticed_in_every_contraction() -> None:
     tried = 0
     for checked in map(checked_case, range(len(CASES))):
-        with patch("gpd_fx.plan._shares", ones):
+        with patch("gpd_fx.plan.plan._shares", ones):
             plan = make_plan(checked.analysis, 2.0)
         if contracts(plan):
             tried += 1
@@ -374,7 +374,7 @@ def test_a_rule_that_raises_costs_width_and_is_reported() -> None:
     def broken(site: object) -> None:
         raise ValueError("broken on purpose")
 
-    with patch("gpd_fx.analysis.rule_of", lambda _: broken):
+    with patch("gpd_fx.plan.analysis.rule_of", lambda _: broken):
         checked = Checked.of(case("matmul.default", "", A(2, 3), A(3, 4)))
     assert "broken on purpose" in checked.analysis.faults[0].text
     for _, plan, _ in plans(checked.analysis):

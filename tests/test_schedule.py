@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import gpd_fx
-from gpd_fx.apart import ApartKeys, ApartSet
+from gpd_fx.composition.two_layers import ApartKeys, ApartSet
 from gpd_fx.errors import ArgumentError, InputError, PassError
 from gpd_fx.passes import Apart, Merge
 from gpd_fx.passes.apart import Beside, without_branches
-from gpd_fx.schedule import ProductSizes, Use
-from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import relative_error
+from gpd_fx.teacher.branch_cost import ProductSizes, Use
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.verify.verification import relative_error
 from tests.test_composition import example
 
 BRANCHES = ["1x1", "1x1-kxk", "dwsep", "lowrank"]

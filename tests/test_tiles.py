@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import gpd_fx
-from gpd_fx.errors import ArgumentError
-from gpd_fx.kernels import launch, recipe
-from gpd_fx.kernels.compose import InputFilter, Layer, Line, OutputFilter, Product, Term, compose
-from gpd_fx.kernels.reference import compose_reference
-from gpd_fx.kernels.tables import Blocks
-from gpd_fx.layout import Cut, KernelLayout, Slice
+from gpd_fx.kernels.compose import launch, recipe
+from gpd_fx.kernels.compose.compose import (
+    InputFilter,
+    Layer,
+    Line,
+    OutputFilter,
+    Product,
+    Term,
+    compose,
+)
+from gpd_fx.kernels.compose.layout import Cut, KernelLayout, Slice
+from gpd_fx.kernels.compose.reference import compose_reference
+from gpd_fx.kernels.compose.tables import Blocks
 from tests.tiles import Traffic, interpreted, traffic
 
 # triton 3.6 makes numbers of arrays in a way that numpy warns about
@@ -141,7 +148,7 @@ def test_every_form(name: str) -> None:
 
 
 def test_a_part_ends_where_a_chunk_does() -> None:
-    with pytest.raises(ArgumentError, match=r"Blocks\(part=48\) must be a multiple of chunk=32"):
+    with pytest.raises(ValueError, match=r"Blocks\(part=48\) must be a multiple of chunk=32"):
         replace(launch.BLOCKS, part=48)
 
 

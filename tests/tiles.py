@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 
-from gpd_fx.kernels import launch
+from gpd_fx.kernels.compose import launch
 
 
 def interpreted() -> None:
@@ -26,7 +26,7 @@ def interpreted() -> None:
         pytest.skip("kernels are compiled in this run, for a device")
     if not _interpreter_counts():
         pytest.skip("the interpreter of this triton cannot count a loop with this numpy; it needs numpy below 2.4")
-    from gpd_fx.kernels import tile_kernels
+    from gpd_fx.kernels.compose import tile_kernels
 
     assert type(tile_kernels.compose_tiles).__name__ == "InterpretedFunction"
 

@@ -28,7 +28,7 @@ from bench.cifar.show import show
 from bench.cifar.tables import best_rate
 from bench.cifar.train import STATIC_BLOCKS, Setting, train, trained
 from bench.progress import progress_bar
-from gpd_fx.models import save_weights
+from gpd_fx.io.models import save_weights
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", help=__doc__)
 HELD_OUT = 5000

@@ -18,10 +18,11 @@ from bench.cifar.arms import Arm
 from bench.cifar.data import Images, batches, prepare
 from bench.cifar.model import ResNet
 from bench.cifar.schedule import Schedule, decay_groups
-from gpd_fx.expansion import make_draft, make_teacher, study_model
+from gpd_fx.api.expansion import make_teacher
+from gpd_fx.io.models import load_weights
 from gpd_fx.losses import dkd, kd
-from gpd_fx.models import load_weights
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.teacher.study import make_draft, study_model
 
 TEMPERATURE = 4.0  # of KD from a static teacher, as is usual for it
 STATIC_BLOCKS = 2  # in each stage of the static teacher, which is twice as wide as the student

@@ -19,15 +19,21 @@ from torch.utils import _pytree as pytree
 
 import gpd_fx
 from bench.zoo.exact import Exact
-from gpd_fx.analysis import analyse
-from gpd_fx.capture import shallow_copy
-from gpd_fx.expansion import Study, make_draft, make_report, make_teacher, study_model
-from gpd_fx.fakes import fake_call
-from gpd_fx.paths import fetch, graphs_of
-from gpd_fx.plan import Plan
-from gpd_fx.private import put_tensor
-from gpd_fx.rules.site import op_name
-from gpd_fx.verify import is_random, relative_error
+from gpd_fx.api.expansion import make_teacher
+from gpd_fx.capture.capture import shallow_copy
+from gpd_fx.fxtools.attributes import fetch, graphs_of
+from gpd_fx.fxtools.fake_tensors import fake_call
+from gpd_fx.fxtools.node_arguments import op_name
+from gpd_fx.fxtools.torch_internals import put_tensor
+from gpd_fx.plan.analysis import analyse
+from gpd_fx.plan.plan import Plan
+from gpd_fx.teacher.study import (
+    Study,
+    make_draft,
+    make_report,
+    study_model,
+)
+from gpd_fx.verify.verification import is_random, relative_error
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bench.zoo.entry import Entry, Inputs
-from gpd_fx.fakes import fake_call
-from gpd_fx.models import resolve
+from gpd_fx.fxtools.fake_tensors import fake_call
+from gpd_fx.io.models import resolve
 
 SIDES = (64, 96, 128, 224, 256, 384)
 

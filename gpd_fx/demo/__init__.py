@@ -7,5 +7,5 @@ folded, exported to ONNX, and run in ONNX Runtime.
 """
 
 from gpd_fx.demo.command import demo as demo
+from gpd_fx.demo.digits import DigitNet as DigitNet
 from gpd_fx.demo.show import verdict as verdict
-from gpd_fx.digits import DigitNet as DigitNet

@@ -14,15 +14,15 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
+from gpd_fx.api.expansion import expand
+from gpd_fx.demo.digits import TRAIN, VALIDATION, load_digits
 from gpd_fx.demo.runs import ARMS, BATCH, RATES, Arm, Setting, best_rate, cost_ratio, new_student, train_all
 from gpd_fx.demo.show import introduction, plot, print_table, verdict
 from gpd_fx.demo.stages import measure, start_differences, wide_parameters
-from gpd_fx.digits import TRAIN, VALIDATION, load_digits
 from gpd_fx.errors import ArgumentError, TrainingError
-from gpd_fx.expansion import expand
-from gpd_fx.extras import need
-from gpd_fx.files import write_text
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.io.extras import need
+from gpd_fx.io.files import write_text
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 _PACKAGES: Final = ("sklearn", "accelerate", "timm", "onnxruntime", "onnxscript", "matplotlib")
 _FILES: Final = "student.onnx, teacher.safetensors, report.txt, report.json, metrics.json, curves.png"

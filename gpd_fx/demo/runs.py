@@ -14,10 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from gpd_fx.digits import TRAIN, VALIDATION, DigitNet, Digits
+from gpd_fx.demo.digits import (
+    TRAIN,
+    VALIDATION,
+    DigitNet,
+    Digits,
+)
 from gpd_fx.distill import DistillConfig, Epoch, Images, fit
 from gpd_fx.errors import TrainingError
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 BATCH: Final = 60
 UPDATES: Final = TRAIN // BATCH  # in an epoch

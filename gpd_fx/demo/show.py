@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gpd_fx.demo.digits import TRAIN, VALIDATION
 from gpd_fx.demo.runs import BATCH, RATES, UPDATES, Arm, Run, Setting
 from gpd_fx.demo.stages import Row
-from gpd_fx.digits import TRAIN, VALIDATION
 from gpd_fx.distill import Epoch
-from gpd_fx.plots import Curve, Panel, plot_curves
+from gpd_fx.report.plots import Curve, Panel, plot_curves
 
 
 def introduction(setting: Setting) -> str:

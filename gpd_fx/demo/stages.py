@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from gpd_fx.checkpoint import save
+from gpd_fx.api.checkpoint import save
+from gpd_fx.api.export import export_onnx
 from gpd_fx.demo.runs import BATCH, Run, Setting, new_student
-from gpd_fx.export import export_onnx
-from gpd_fx.passes.fold import fold
-from gpd_fx.report import ExpansionReport
-from gpd_fx.teacher import DynamicTeacher
-from gpd_fx.verify import relative_error
+from gpd_fx.report.expansion_report import ExpansionReport
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.teacher.fold import fold
+from gpd_fx.verify.verification import relative_error
 
 
 @dataclass(frozen=True)

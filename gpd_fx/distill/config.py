@@ -17,8 +17,8 @@ from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_t
 
 from gpd_fx.distill.weights import check_weight
 from gpd_fx.errors import ArgumentError
-from gpd_fx.extras import need
-from gpd_fx.files import write_text
+from gpd_fx.io.extras import need
+from gpd_fx.io.files import write_text
 
 LOSSES: Final = ("task_student", "task_teacher", "distill", "static", "features")
 _DEFAULT_WEIGHTS: Final = {"task_student": 1.0, "task_teacher": 1.0, "distill": 1.0, "static": 1.0, "features": 1.0}

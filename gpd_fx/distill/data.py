@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, defaul
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.randomness import derive, permutation, restored, set_all
 from gpd_fx.errors import ArgumentError
-from gpd_fx.extras import need
+from gpd_fx.io.extras import need
 
 _TEST_FOLDERS: Final = ("val", "valid", "validation", "test")
 Key = tuple[int, int]  # epoch (from 0), number of the image

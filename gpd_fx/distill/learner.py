@@ -21,7 +21,7 @@ from gpd_fx.distill.static import StaticTeacher
 from gpd_fx.distill.syncbn import SyncedBatchNorm
 from gpd_fx.distill.trainee import Trainee, freeze_unused, with_reviews
 from gpd_fx.errors import TrainingError
-from gpd_fx.extras import need
+from gpd_fx.io.extras import need
 
 
 class Learner:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from gpd_fx.errors import ArgumentError
-from gpd_fx.files import write_text
-from gpd_fx.plots import Curve, Panel, plot_curves
+from gpd_fx.io.files import write_text
+from gpd_fx.report.plots import Curve, Panel, plot_curves
 
 FILE: Final = "metrics.jsonl"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from gpd_fx.private import flat_inputs
-from gpd_fx.rules.site import op_name
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.fxtools.node_arguments import op_name
+from gpd_fx.fxtools.torch_internals import flat_inputs
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 
 class _Stop(Exception):

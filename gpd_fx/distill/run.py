@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from gpd_fx.checkpoint import save
+from gpd_fx.api.checkpoint import save
+from gpd_fx.api.expansion import expand
+from gpd_fx.api.export import export_onnx
 from gpd_fx.distill.checks import check_model, example_images
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.data import Images, Order, load_images, training_batches
@@ -28,12 +30,10 @@ from gpd_fx.distill.state import checkpoints
 from gpd_fx.distill.static import OnnxTeacher, given_static
 from gpd_fx.distill.store import Store
 from gpd_fx.distill.watch import Bar, Reporter, Watcher
-from gpd_fx.expansion import expand
-from gpd_fx.export import export_onnx
-from gpd_fx.files import write_text
-from gpd_fx.models import load_weights, resolve, save_weights
-from gpd_fx.passes.fold import fold
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.io.files import write_text
+from gpd_fx.io.models import load_weights, resolve, save_weights
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
+from gpd_fx.teacher.fold import fold
 
 
 @dataclass(frozen=True)

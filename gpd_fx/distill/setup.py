@@ -9,7 +9,7 @@ import torch
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.trainee import Trainee
 from gpd_fx.errors import ArgumentError
-from gpd_fx.extras import need
+from gpd_fx.io.extras import need
 
 
 def make_accelerator(config: DistillConfig) -> Any:

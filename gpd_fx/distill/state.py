@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpd_fx.errors import CheckpointError
-from gpd_fx.files import publish, staging
+from gpd_fx.io.files import publish, staging
 
 _KEY: Final = "gpd_fx.distill"
 _FORMAT: Final = 1

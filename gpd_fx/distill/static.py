@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.taps import Tap, watched, with_features
 from gpd_fx.errors import ArgumentError
-from gpd_fx.extras import need
+from gpd_fx.io.extras import need
+from gpd_fx.io.models import load_weights, resolve
 from gpd_fx.losses import select_logits
-from gpd_fx.models import load_weights, resolve
 
 
 class StaticTeacher:

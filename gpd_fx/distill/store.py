@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from torch import nn
 
-from gpd_fx.checkpoint import plan_digest
+from gpd_fx.api.checkpoint import plan_digest
 from gpd_fx.distill.config import DistillConfig
 from gpd_fx.distill.state import checkpoint_path, checkpoints, prune, read_state, write_state
 from gpd_fx.errors import CheckpointError
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 # What may be changed when a run is taken up again, since no result depends on it.
 _FREE: Final = {

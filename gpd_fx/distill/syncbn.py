@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gpd_fx.kernels.depthwise import depthwise_norm_op as depthwise_norm_op  # which registers it
+from gpd_fx.kernels.depthwise.op import depthwise_norm_op as depthwise_norm_op  # which registers it
 
 _aten, _gpd_fx = torch.ops.aten, torch.ops.gpd_fx
 

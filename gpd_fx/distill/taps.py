@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from gpd_fx.capture import capture
+from gpd_fx.capture.capture import capture
 from gpd_fx.errors import ArgumentError
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 
 class Tap(nn.Module):

@@ -13,7 +13,7 @@ from gpd_fx.distill.review import Review, as_map
 from gpd_fx.distill.taps import StudentTaps, TeacherTaps
 from gpd_fx.errors import ArgumentError
 from gpd_fx.losses import select_logits
-from gpd_fx.teacher import DynamicTeacher
+from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 
 class Trainee(nn.Module):

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gpd_fx.axes import Expr, concat, frozen, size
+from gpd_fx.axes.expressions import (
+    Expr,
+    concat,
+    frozen,
+    size,
+)
 from gpd_fx.rules.effects import Bounds, Pieces
 from gpd_fx.rules.site import Rule, Site, Value
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import fx
 
-from gpd_fx.axes import Expr, size
-from gpd_fx.widening import Widening
+from gpd_fx.axes.expressions import Expr, size
+from gpd_fx.axes.widening import Widening
 
 if TYPE_CHECKING:
     from gpd_fx.rules.rewriter import Rewriter

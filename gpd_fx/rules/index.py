@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from gpd_fx.axes import size
+from gpd_fx.axes.expressions import size
 from gpd_fx.rules.site import Axes, Site, Value
 
 

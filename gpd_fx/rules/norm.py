@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import ascii_lowercase
 
-from gpd_fx.axes import size
+from gpd_fx.axes.expressions import size
 from gpd_fx.rules.effects import Extents, Linear, Shared
 from gpd_fx.rules.index import broadcast
 from gpd_fx.rules.notation import Einsum

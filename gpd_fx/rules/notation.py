@@ -29,7 +29,12 @@ from math import prod
 
 from torch import fx
 
-from gpd_fx.axes import Expr, frozen, product, size
+from gpd_fx.axes.expressions import (
+    Expr,
+    frozen,
+    product,
+    size,
+)
 from gpd_fx.rules.effects import Contract, Extent
 from gpd_fx.rules.site import Axes, Site, Value
 

@@ -12,9 +12,14 @@ from __future__ import annotations
 
 from torch import fx
 
-from gpd_fx.axes import Expr, frozen, product
+from gpd_fx.axes.expressions import Expr, frozen, product
 from gpd_fx.rules.effects import Contract
-from gpd_fx.rules.site import Axes, Rule, Site, Value
+from gpd_fx.rules.site import (
+    Axes,
+    Rule,
+    Site,
+    Value,
+)
 
 
 def recurrent(gates: int) -> Rule:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from gpd_fx.axes import Expr, frozen
+from gpd_fx.axes.expressions import Expr, frozen
+from gpd_fx.fxtools.node_arguments import as_dims
 from gpd_fx.rules.effects import Linear, Softmax, Variance
-from gpd_fx.rules.site import Axes, Rule, Site, Value, as_dims
+from gpd_fx.rules.site import (
+    Axes,
+    Rule,
+    Site,
+    Value,
+)
 
 
 def _reduced(site: Site, dims: list[int], axes: Axes) -> Axes:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gpd_fx.axes import Expr, size
-from gpd_fx.rules.site import bind, op_name, set_arg
-from gpd_fx.widening import Widening
+from gpd_fx.axes.expressions import Expr, size
+from gpd_fx.axes.widening import Widening
+from gpd_fx.fxtools.node_arguments import bind, op_name, set_arg
 
 aten = torch.ops.aten
 

@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import fx
 
-from gpd_fx.axes import AxisSolver, Expr, frozen, product, size
+from gpd_fx.axes.expressions import (
+    Expr,
+    frozen,
+    product,
+    size,
+)
+from gpd_fx.axes.solver import AxisSolver
 from gpd_fx.rules.effects import Extent, Extents, SymbolicSize
 from gpd_fx.rules.site import Axes, Site, Value
 

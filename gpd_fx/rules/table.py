@@ -11,13 +11,21 @@ from functools import cache
 
 import torch
 
-from gpd_fx.private import OpOverload
-from gpd_fx.rules import attention, concat, index, norm, reduce, shape
+from gpd_fx.fxtools.node_arguments import op_name
+from gpd_fx.fxtools.torch_internals import OpOverload
+from gpd_fx.rules import (
+    attention,
+    concat,
+    index,
+    norm,
+    reduce,
+    shape,
+)
 from gpd_fx.rules.convolution import convolution
 from gpd_fx.rules.index import pointwise
 from gpd_fx.rules.notation import Einsum
 from gpd_fx.rules.recurrent import recurrent
-from gpd_fx.rules.site import Rule, op_name
+from gpd_fx.rules.site import Rule
 
 _MATMUL = "* m k, * k n -> * m n | k, k -> | * m k, k -> * m | k, * k n -> * n"
 _SPATIAL1 = Einsum("* _ -> * _")

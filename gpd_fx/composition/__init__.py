@@ -1,0 +1,1 @@
+"""All trainable parameters, and the step that makes the tensors of both networks of them."""

@@ -1,0 +1,1 @@
+"""Tools for FX graphs and for torch, which know nothing of widening."""

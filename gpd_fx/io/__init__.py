@@ -1,0 +1,1 @@
+"""Files that are whole or absent, optional packages, and models by name."""

@@ -1,0 +1,1 @@
+"""Which channels widen, by how much, and why others do not."""

@@ -1,0 +1,1 @@
+"""What an expansion did, for people: text, Markdown and pictures."""

@@ -1,0 +1,1 @@
+"""The dynamic teacher: the module that is trained."""

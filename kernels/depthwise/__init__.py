@@ -1,0 +1,1 @@
+"""A depthwise conv and the batch norm behind it as one op."""
