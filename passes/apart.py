@@ -25,8 +25,6 @@ from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.rules.weights import weight_layout
 
 aten = torch.ops.aten
-_ADDED = "gpd_fx_apart"
-"""Key in the meta of the nodes that the pass adds: the name of the node that they stand behind."""
 _PLAIN: dict[Any, Any] = {
     op: plain
     for ops, plain in (
@@ -119,7 +117,6 @@ def _add(graph: fx.Graph, node: fx.Node, products: Sequence[Beside]) -> None:
         nonlocal last
         with graph.inserting_after(last):
             last = make(*args)
-        last.meta[_ADDED] = node.name
         return last
 
     total = node
@@ -137,14 +134,3 @@ def _add(graph: fx.Graph, node: fx.Node, products: Sequence[Beside]) -> None:
     total = then(graph.call_function, aten.type_as.default, (total, node))
     for user in users:
         user.replace_input_with(node, total)
-
-
-def without_branches(graph: fx.Graph) -> None:
-    """Undo the pass, in place."""
-    nodes = {node.name: node for node in graph.nodes}
-    added = [node for node in graph.nodes if _ADDED in node.meta]
-    for node in added:
-        if node.target is aten.type_as.default:
-            node.replace_all_uses_with(nodes[node.meta[_ADDED]])
-    for node in reversed(added):
-        graph.erase_node(node)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from gpd_fx.fxtools.attributes import fetch, with_graph
 from gpd_fx.fxtools.node_arguments import bind, op_name
@@ -27,8 +26,6 @@ from gpd_fx.rules.weights import weight_layout
 aten = torch.ops.aten
 MOST_STRIDE = 2
 """Rows times columns: with x of so many times the elements of z, one op moves 5 x + 5 z, two move 3 x + 11 z."""
-_FUSED = "gpd_fx_fused"
-"""Key in the meta of a node that the pass adds: the two that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +111,6 @@ def _harmless(node: fx.Node, used: Set[Any]) -> bool:
     return counts or not schema(node.target).is_mutable  # what a norm counts are batches
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Stands for an argument of the fused node by its position; -1 is the conv."""
-
-    position: int
-
-
 def _fuse(pair: Pair) -> None:
     conv, norm = pair.conv, pair.norm
     assert norm is not None
@@ -129,31 +119,10 @@ def _fuse(pair: Pair) -> None:
     args += [second[name] for name in ("weight", "bias", "running_mean", "running_var")]
     args += [[*first["stride"]], pair.padding, [*first["dilation"]]]
     args += [second[name] for name in ("training", "momentum", "eps")]
-
-    def refer(value: Any) -> Any:
-        return value if not isinstance(value, fx.Node) else _Given(-1 if value is conv else args.index(value))
-
-    def told(node: fx.Node) -> tuple[Any, ...]:
-        given = pytree.tree_map(refer, (node.args, dict(node.kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
-        return node.name, node.target, *given, dict(node.meta)
-
     graph = norm.graph
     with graph.inserting_before(norm):
         fused = graph.call_function(depthwise_norm, tuple(args))
-    fused.meta |= dict(norm.meta) | {_FUSED: (told(conv), told(norm))}
+    fused.meta |= dict(norm.meta)
     norm.replace_all_uses_with(fused)
     graph.erase_node(norm)
     graph.erase_node(conv)
-
-
-def two_again(graph: fx.Graph) -> None:
-    """Undo the pass, in place, on a copy of the graph that it gave, in which the old names are free."""
-    for fused in [node for node in graph.nodes if _FUSED in node.meta]:
-        given = dict(enumerate(fused.args))
-        for name, target, args, kwargs, meta in fused.meta[_FUSED]:
-            args, kwargs = pytree.tree_map_only(_Given, lambda at, given=given: given[at.position], (args, kwargs))
-            with graph.inserting_before(fused):
-                given[-1] = graph.create_node("call_function", target, args, kwargs, name)
-            given[-1].meta |= meta
-        fused.replace_all_uses_with(given[-1])
-        graph.erase_node(fused)

@@ -1,4 +1,4 @@
-"""Depthwise convs fused with their batch norms: the same networks, in both modes, and what stays two ops and why."""
+"""Depthwise convs fused with their batch norms: the same wide graphs in both modes, and what stays two ops and why."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 import gpd_fx
-from gpd_fx.fxtools.torch_internals import copy_graph
 from gpd_fx.kernels.depthwise import launch as depthwise_launch
 from gpd_fx.kernels.depthwise import op as depthwise
 from gpd_fx.passes import FuseDepthwise, Merge
-from gpd_fx.passes.fuse import two_again
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
-from gpd_fx.teacher.fusion import FusingCalls
 from gpd_fx.verify.verification import relative_error
 from tests.test_schedule import awaken
 from tests.tiles import interpreted, traffic
@@ -97,11 +93,7 @@ def test_both_networks_are_the_same(randomise: Callable[[nn.Module], nn.Module],
         relative_error(teacher(x), Merge()(teacher.as_graph()).module(x)) < 1e-12
     )  # as a graph of its own, all is two ops
     assert teacher.fuse(False).rows == ()
-    assert [sorted(code.splitlines()) for code in codes(teacher)] == [sorted(code.splitlines()) for code in plain]
-    once = codes(teacher)
-    teacher.fuse()
-    teacher.fuse(False)
-    assert codes(teacher) == once
+    assert codes(teacher) == plain
 
 
 def test_fused_and_apart(randomise: Callable[[nn.Module], nn.Module]) -> None:
@@ -122,13 +114,15 @@ def test_fused_and_apart(randomise: Callable[[nn.Module], nn.Module]) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_the_kernels_run_in_both_networks(randomise: Callable[[nn.Module], nn.Module]) -> None:
+def test_the_kernels_run_in_the_wide_graph(randomise: Callable[[nn.Module], nn.Module]) -> None:
     teacher, x = teacher_of(randomise, torch.float32), torch.randn(3, 3, 7, 6)
     expected = results(copy.deepcopy(teacher).double(), x.double())
     teacher.fuse()
     with traffic(depthwise_launch) as counted:
         found = results(teacher, x)
-    assert counted.launches.count("normalise") == counted.launches.count("differentiate_conv") == 4
+    assert (
+        counted.launches.count("normalise") == counted.launches.count("differentiate_conv") == 2
+    )  # the student has its own ops
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() <= 1e-5 * max(tensor.abs().max().item(), 1.0), name
 
@@ -219,9 +213,6 @@ def test_the_pass_alone(mode: Any) -> None:
     expected = graph(x)
     graph.load_state_dict(named, strict=False)
     assert torch.equal(result.module(x), expected)
-    undone = copy_graph(result.module.graph)[0]
-    two_again(undone)
-    assert sorted(str(undone).splitlines()) == sorted(before.splitlines())
 
 
 def test_a_synchronised_norm_is_left_alone() -> None:
@@ -231,19 +222,3 @@ def test_a_synchronised_norm_is_left_alone() -> None:
         ("1.weight", "apart", "its batch norm is synchronised")
     }
     assert not any("depthwise_norm" in code for code in codes(teacher))
-
-
-def test_what_else_takes_the_convs_output() -> None:
-    """Its shape is known without running it; its values are those of the conv."""
-    x, weight = torch.randn(2, 4, 7, 6), torch.randn(4, 1, 3, 3)
-    expected = functional.conv2d(x, weight, stride=2, padding=1, groups=4)
-    with FusingCalls([weight]) as calls:
-        y = functional.conv2d(x, weight, stride=2, padding=1, groups=4)
-        assert (y.shape, y.dim(), y.dtype) == (expected.shape, 4, torch.float32)
-        assert torch.equal(torch.cat([y, y]), torch.cat([expected, expected]))
-        normal = functional.batch_norm(y, None, None, training=True)
-        assert not calls.waiting
-        other = functional.conv2d(x, weight.clone(), groups=4)
-    assert torch.equal(normal, functional.batch_norm(expected, None, None, training=True))
-    assert y.isnan().all()
-    assert torch.equal(other, functional.conv2d(x, weight, groups=4))

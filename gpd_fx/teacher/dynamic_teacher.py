@@ -22,9 +22,9 @@ from gpd_fx.fxtools.module_calls import call_with, places_of, recurrent_layers
 from gpd_fx.fxtools.name_patterns import some
 from gpd_fx.fxtools.regions import has_autocast, restored_autocast
 from gpd_fx.fxtools.torch_internals import copy_graph, enter_autocast
-from gpd_fx.passes.apart import Apart, Beside, obstacle, uses_of, without_branches
+from gpd_fx.passes.apart import Apart, Beside, obstacle, uses_of
 from gpd_fx.passes.branch import insert_composition
-from gpd_fx.passes.fuse import FuseDepthwise, pairs_of, two_again
+from gpd_fx.passes.fuse import FuseDepthwise, pairs_of
 from gpd_fx.report.expansion_report import ExpansionReport
 from gpd_fx.teacher.branch_cost import (
     BranchSchedule,
@@ -34,7 +34,6 @@ from gpd_fx.teacher.branch_cost import (
 )
 from gpd_fx.teacher.fusion import (
     Fused,
-    FusingCalls,
     FusionReport,
     synchronised,
 )
@@ -88,7 +87,7 @@ class DynamicTeacher(nn.Module):
         self._beside: dict[str, dict[str, str]] = {key: {} for key in graphs}  # places in a graph -> `ApartKeys`
         self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
         self._fuses = False
-        self._fused: dict[str, frozenset[str]] = dict.fromkeys(graphs, frozenset())  # kernels, by canonical name
+        self._plain_graphs = {key: copy_graph(graph.graph)[0] for key, graph in graphs.items()}
 
     def forward(self, *args: Any, role: Role = "teacher", **kwargs: Any) -> Any:
         """Run one network or both on the same inputs, which are those of the student.
@@ -145,10 +144,7 @@ class DynamicTeacher(nn.Module):
     def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the student's module with composed tensors, by canonical name."""
         state = {place: tensors[name] for place, name in self._places.items() if name in tensors}
-        kernels = [tensors[name] for name in self._fused["train" if self.training else "eval"] if name in tensors]
-        eager = not torch.compiler.is_compiling()  # torch 2.11 cannot compile what the calls go through
-        with FusingCalls(kernels) if kernels and eager else contextlib.nullcontext():
-            return call_with(self.skeleton, state, args, kwargs, self._recurrent)
+        return call_with(self.skeleton, state, args, kwargs, self._recurrent)
 
     def as_graph(self, mode: Literal["train", "eval"] = "eval") -> fx.GraphModule:
         """The teacher alone, as one captured graph that passes can take: its weights come from a `composition`.
@@ -228,12 +224,12 @@ class DynamicTeacher(nn.Module):
         self._rewrite()
 
     def fuse(self, on: bool = True) -> FusionReport:
-        """Run each depthwise conv of both networks as one op with the batch norm behind it, where nothing is between.
+        """Run each depthwise conv of the wide graphs as one op with the batch norm behind it, where nothing is between.
 
         The results are the same. On CUDA the op is a few Triton kernels that never write the conv's output, which takes
         fewer passes over the activations and less memory (see `gpd_fx.kernels.depthwise`); elsewhere it is the two ops
-        that it stands for. Inside `torch.compile` the student's convs stay two ops. It holds for both modes until the
-        next call, and is not saved.
+        that it stands for. The student, which is a module, keeps its two ops. The choice holds for both modes until
+        the next call, and is not saved.
 
         Args:
             on: False runs all of them as two ops again.
@@ -242,12 +238,16 @@ class DynamicTeacher(nn.Module):
         return FusionReport(tuple(self._rewrite()))
 
     def _rewrite(self) -> list[Fused]:
-        """Make both graphs anew as branches that run apart and fused convs want it; what was said of the latter."""
+        """Make the running graphs of both modes from the plain ones, by the passes that were chosen.
+
+        Returns:
+            A row for each depthwise conv and mode, where convs are to be fused.
+        """
         wide = {plan.name: weight for plan, weight in self.composition.wide_parameters()}
         rows: list[Fused] = []
         for mode, feeds in self._feeds.items():
-            graph = self.graphs[f"{mode}_mode"]
-            assert isinstance(graph, fx.GraphModule)
+            running = self.graphs[f"{mode}_mode"]
+            assert isinstance(running, fx.GraphModule)
             places: dict[str, str] = {}
             added: dict[str, tuple[Beside, ...]] = {}
             for target, name in feeds.items():
@@ -260,9 +260,8 @@ class DynamicTeacher(nn.Module):
             plain = self._plain(mode)
             for path in places:
                 put(plain, path, None, like=None)
-                put(graph, path, None, like=torch.empty(0))
+                put(running, path, None, like=torch.empty(0))
             made = Apart(added)(plain).module
-            mine: list[Fused] = []
             if self._fuses:
                 for target, name in feeds.items():
                     if name in wide:
@@ -271,23 +270,16 @@ class DynamicTeacher(nn.Module):
                 but = {t: "its batch norm is synchronised" for t, name in feeds.items() if name in synced}
                 for pair in pairs_of(made, but):
                     runs, reason = ("fused", f"with {pair.norm}") if pair.reason is None else ("apart", pair.reason)
-                    mine.append(Fused(feeds[pair.weight], mode, runs, reason))
+                    rows.append(Fused(feeds[pair.weight], mode, runs, reason))
                 made = FuseDepthwise(but)(made).module
-            graph.graph = made.graph
+            running.graph = made.graph
             self._beside[mode] = places
-            apart = {row.parameter for row in mine if row.runs == "apart"}
-            self._fused[mode] = frozenset(row.parameter for row in mine) - apart
-            rows += mine
         return rows
 
     def _plain(self, mode: str) -> fx.GraphModule:
-        """The graph of a mode with all branches composed, and every conv as one op."""
+        """The graph of a mode as it was widened: all branches composed, and every conv one op."""
         source = self.graphs[f"{mode}_mode"]
-        assert isinstance(source, fx.GraphModule)
-        graph = copy_graph(source.graph)[0]
-        two_again(graph)
-        without_branches(graph)
-        return with_graph(source, graph)
+        return with_graph(source, copy_graph(self._plain_graphs[mode])[0])
 
     def _uses(self, plains: Mapping[str, fx.GraphModule], mode: str, name: str) -> list[tuple[fx.Node, fx.Node]]:
         """The nodes of a parameter in the graph of a mode, each with an op that takes it."""
@@ -322,9 +314,13 @@ class DynamicTeacher(nn.Module):
         super()._apply(fn, recurse)
         after = _home(self)
         if before != after:
+            moves = dict(zip(before, after, strict=True))
             for graph in self.graphs.values():
-                assert isinstance(graph, fx.GraphModule)
-                _rehome(graph, dict(zip(before, after, strict=True)))
+                for module in graphs_of(graph):
+                    _rehome(module.graph, moves)
+                    module.recompile()
+            for plain in self._plain_graphs.values():
+                _rehome(plain, moves)
         return self
 
     def extra_repr(self) -> str:
@@ -336,17 +332,15 @@ def _home(module: nn.Module) -> tuple[torch.device, torch.dtype] | tuple[()]:
     return next(((p.device, p.dtype) for p in module.parameters() if p.is_floating_point()), ())
 
 
-def _rehome(graph: fx.GraphModule, moves: Mapping[Any, Any]) -> None:
+def _rehome(graph: fx.Graph, moves: Mapping[Any, Any]) -> None:
     """Replace devices and dtypes among the arguments of a graph's nodes."""
 
     def move(value: Any) -> Any:
         return moves.get(value, value) if isinstance(value, torch.device | torch.dtype) else value
 
     device = next((new.type for old, new in moves.items() if isinstance(old, torch.device)), None)
-    for module in graphs_of(graph):
-        for node in module.graph.nodes:
-            node.args = pytree.tree_map(move, node.args)
-            if node.target is enter_autocast:
-                node.args = (device, *node.args[1:])
-            node.kwargs = pytree.tree_map(move, dict(node.kwargs))
-        module.recompile()
+    for node in graph.nodes:
+        node.args = pytree.tree_map(move, node.args)
+        if node.target is enter_autocast:
+            node.args = (device, *node.args[1:])
+        node.kwargs = pytree.tree_map(move, dict(node.kwargs))
