@@ -18,7 +18,7 @@ from gpd_fx.cli.app import app
 from gpd_fx.cli.options import parse_ratios
 from gpd_fx.demo.digits import DigitNet
 from gpd_fx.distill.config import load_config
-from gpd_fx.distill.metrics import read_metrics
+from gpd_fx.distill.show.metrics import read_metrics
 from gpd_fx.io.models import save_weights
 from tests.distill_data import write_images
 

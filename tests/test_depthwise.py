@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from gpd_fx.distill.syncbn import SyncedBatchNorm
+from gpd_fx.distill.loop.sync_batch_norm import SyncedBatchNorm
 from gpd_fx.kernels.depthwise import launch as depthwise_launch
 from gpd_fx.kernels.depthwise import op as depthwise
 from gpd_fx.kernels.depthwise.op import backward_op, depthwise_norm, depthwise_norm_op

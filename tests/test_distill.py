@@ -22,10 +22,10 @@ from gpd_fx import (
 )
 from gpd_fx.distill import DistillConfig, Results, distill
 from gpd_fx.distill.config import load_config
-from gpd_fx.distill.evaluation import recalibrate, score
-from gpd_fx.distill.metrics import Recorder, read_metrics
-from gpd_fx.distill.objective import Objective
-from gpd_fx.distill.state import checkpoints, read_state
+from gpd_fx.distill.loop.evaluation import recalibrate, score
+from gpd_fx.distill.losses.objective import Objective
+from gpd_fx.distill.show.metrics import Recorder, read_metrics
+from gpd_fx.distill.state.snapshot import checkpoints, read_state
 from gpd_fx.errors import ArgumentError, CheckpointError, TrainingError
 from gpd_fx.io.models import load_weights, save_weights
 from gpd_fx.losses import dkd, kd
@@ -94,7 +94,7 @@ def test_an_update_is_one_of_the_plain_loop(tmp_path: Path) -> None:
     teacher = expand(student, 2.0, (torch.randn(2, 3, 6, 6),)).train()
     data = tensors(48)
     velocity = {name: torch.zeros_like(p) for name, p in teacher.named_parameters()}
-    from gpd_fx.distill.randomness import permutation
+    from gpd_fx.distill.data.seeds import permutation
 
     order = permutation(0, 0, 48)
     for update in range(3):
@@ -249,7 +249,7 @@ def test_data_and_models_that_do_not_fit(tmp_path: Path) -> None:
 def test_a_static_teacher_answers_in_eval_mode_without_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpd_fx.distill.static import StaticTeacher, load_static
+    from gpd_fx.distill.losses.static_teacher import StaticTeacher, load_static
 
     module = net(dropout=0.9).train()
     static = StaticTeacher(module)
@@ -290,7 +290,7 @@ def bad_images(number: int) -> Any:
 
 
 def test_a_loss_that_is_not_finite_names_update_and_culprit(tmp_path: Path) -> None:
-    from gpd_fx.distill.randomness import permutation
+    from gpd_fx.distill.data.seeds import permutation
 
     setup = config(checkpoint_every=1)
     second = permutation(0, 1, 60)

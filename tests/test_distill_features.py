@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from gpd_fx import expand, fold
 from gpd_fx.distill import distill
-from gpd_fx.distill.metrics import read_metrics
-from gpd_fx.distill.review import Review, as_map, hierarchical_context
-from gpd_fx.distill.static import StaticTeacher
-from gpd_fx.distill.taps import TeacherTaps, watched
-from gpd_fx.distill.trainee import with_reviews
+from gpd_fx.distill.loop.networks import with_reviews
+from gpd_fx.distill.losses.feature_taps import TeacherTaps, watched
+from gpd_fx.distill.losses.review import Review, as_map, hierarchical_context
+from gpd_fx.distill.losses.static_teacher import StaticTeacher
+from gpd_fx.distill.show.metrics import read_metrics
 from gpd_fx.errors import ArgumentError
 from tests.distill_data import Net, config, images
 

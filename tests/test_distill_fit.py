@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from gpd_fx import DynamicTeacher, expand, fold
 from gpd_fx.distill import DistillConfig, Images, distill, fit
-from gpd_fx.distill.metrics import read_metrics
+from gpd_fx.distill.show.metrics import read_metrics
 from gpd_fx.errors import ArgumentError, TrainingError
 from tests.distill_data import CLASSES, Net, config, images, tensors
 

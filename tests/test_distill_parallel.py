@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from gpd_fx import GPDLoss, expand
 from gpd_fx.distill import Images, distill
-from gpd_fx.distill.engine import Engine
-from gpd_fx.distill.metrics import read_metrics
-from gpd_fx.distill.randomness import permutation
-from gpd_fx.distill.setup import make_accelerator
-from gpd_fx.distill.syncbn import SyncedBatchNorm
-from gpd_fx.distill.watch import Watcher
+from gpd_fx.distill.data.seeds import permutation
+from gpd_fx.distill.loop.optimizers import make_accelerator
+from gpd_fx.distill.loop.sync_batch_norm import SyncedBatchNorm
+from gpd_fx.distill.loop.training_loop import Engine
+from gpd_fx.distill.show.callbacks import Watcher
+from gpd_fx.distill.show.metrics import read_metrics
 from gpd_fx.errors import ArgumentError
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 from tests.distill_data import CLASSES, Net, config, tensors

@@ -18,8 +18,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gpd_fx.distill import DistillConfig, distill
-from gpd_fx.distill.metrics import read_metrics
-from gpd_fx.distill.state import checkpoints, read_state
+from gpd_fx.distill.show.metrics import read_metrics
+from gpd_fx.distill.state.snapshot import checkpoints, read_state
 from gpd_fx.errors import TrainingError
 from tests.distill_data import Net, config, images, write_images
 from tests.forked import needs_fork, start

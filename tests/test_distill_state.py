@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from gpd_fx.distill.data import Keyed, Order
-from gpd_fx.distill.randomness import derive, set_all
-from gpd_fx.distill.state import checkpoint_path, checkpoints, prune, read_state, write_state
-from gpd_fx.distill.weights import check_weight, parse_weight, weight_at
+from gpd_fx.distill.data.images import Keyed, Order
+from gpd_fx.distill.data.seeds import derive, set_all
+from gpd_fx.distill.losses.weights import check_weight, parse_weight, weight_at
+from gpd_fx.distill.state.snapshot import checkpoint_path, checkpoints, prune, read_state, write_state
 from gpd_fx.errors import ArgumentError, CheckpointError
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gpd_fx.cli.distill_command import run_command
 from gpd_fx.cli.options import parse_ratios, parse_shape
-from gpd_fx.distill.command import run_command
 
 
 def distill(

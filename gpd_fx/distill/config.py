@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from gpd_fx.distill.weights import check_weight
+from gpd_fx.distill.losses.weights import check_weight
 from gpd_fx.errors import ArgumentError
 from gpd_fx.io.extras import need
 from gpd_fx.io.files import write_text

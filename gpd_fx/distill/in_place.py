@@ -5,14 +5,14 @@ from __future__ import annotations
 from rich.progress import Progress
 from torch import nn
 
-from gpd_fx.distill.checks import check_model, example_images
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.data import Images
-from gpd_fx.distill.engine import Engine
-from gpd_fx.distill.randomness import restored
-from gpd_fx.distill.setup import make_accelerator
-from gpd_fx.distill.static import given_static
-from gpd_fx.distill.watch import Bar, Epoch, Watcher
+from gpd_fx.distill.data.images import Images
+from gpd_fx.distill.data.seeds import restored
+from gpd_fx.distill.loop.checks import check_model, example_images
+from gpd_fx.distill.loop.optimizers import make_accelerator
+from gpd_fx.distill.loop.training_loop import Engine
+from gpd_fx.distill.losses.static_teacher import given_static
+from gpd_fx.distill.show.callbacks import Bar, Epoch, Watcher
 
 
 def fit(

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from gpd_fx.api.checkpoint import save
 from gpd_fx.api.expansion import expand
 from gpd_fx.api.export import export_onnx
-from gpd_fx.distill.checks import check_model, example_images
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.data import Images, Order, load_images, training_batches
-from gpd_fx.distill.engine import Engine
-from gpd_fx.distill.evaluation import Score, percent, recalibrate
-from gpd_fx.distill.metrics import Recorder, new_run, plot_metrics, read_metrics
-from gpd_fx.distill.randomness import set_all
-from gpd_fx.distill.setup import make_accelerator
-from gpd_fx.distill.state import checkpoints
-from gpd_fx.distill.static import OnnxTeacher, given_static
-from gpd_fx.distill.store import Store
-from gpd_fx.distill.watch import Bar, Reporter, Watcher
+from gpd_fx.distill.data.images import Images, Order, load_images, training_batches
+from gpd_fx.distill.data.seeds import set_all
+from gpd_fx.distill.loop.checks import check_model, example_images
+from gpd_fx.distill.loop.evaluation import Score, percent, recalibrate
+from gpd_fx.distill.loop.optimizers import make_accelerator
+from gpd_fx.distill.loop.training_loop import Engine
+from gpd_fx.distill.losses.static_teacher import OnnxTeacher, given_static
+from gpd_fx.distill.show.callbacks import Bar, Reporter, Watcher
+from gpd_fx.distill.show.metrics import Recorder, new_run, plot_metrics, read_metrics
+from gpd_fx.distill.state.checkpoints import Store
+from gpd_fx.distill.state.snapshot import checkpoints
 from gpd_fx.io.files import write_text
 from gpd_fx.io.models import load_weights, resolve, save_weights
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gpd_fx.distill.config import DistillConfig, load_config, read_values
+from gpd_fx.distill.losses.weights import parse_weight
 from gpd_fx.distill.run import Results, distill
-from gpd_fx.distill.weights import parse_weight
 from gpd_fx.errors import ArgumentError
 from gpd_fx.io.extras import need
 

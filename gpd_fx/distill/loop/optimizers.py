@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.trainee import Trainee
+from gpd_fx.distill.loop.networks import Trainee
 from gpd_fx.errors import ArgumentError
 from gpd_fx.io.extras import need
 

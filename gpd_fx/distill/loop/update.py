@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpd_fx.distill.checks import example_images
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.data import Images, mixing
-from gpd_fx.distill.nans import find_culprit
-from gpd_fx.distill.objective import Objective
-from gpd_fx.distill.randomness import derive, set_all
-from gpd_fx.distill.setup import make_optimizer, make_schedule
-from gpd_fx.distill.static import StaticTeacher
-from gpd_fx.distill.syncbn import SyncedBatchNorm
-from gpd_fx.distill.trainee import Trainee, freeze_unused, with_reviews
+from gpd_fx.distill.data.images import Images, mixing
+from gpd_fx.distill.data.seeds import derive, set_all
+from gpd_fx.distill.loop.checks import example_images
+from gpd_fx.distill.loop.networks import Trainee, freeze_unused, with_reviews
+from gpd_fx.distill.loop.nonfinite import find_culprit
+from gpd_fx.distill.loop.optimizers import make_optimizer, make_schedule
+from gpd_fx.distill.loop.sync_batch_norm import SyncedBatchNorm
+from gpd_fx.distill.losses.objective import Objective
+from gpd_fx.distill.losses.static_teacher import StaticTeacher
 from gpd_fx.errors import TrainingError
 from gpd_fx.io.extras import need
 

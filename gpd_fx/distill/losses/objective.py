@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.weights import Weight, weight_at
+from gpd_fx.distill.losses.weights import Weight, weight_at
 from gpd_fx.errors import ArgumentError
 from gpd_fx.losses import GPDLoss, dkd, kd
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.taps import Tap, watched, with_features
+from gpd_fx.distill.losses.feature_taps import Tap, watched, with_features
 from gpd_fx.errors import ArgumentError
 from gpd_fx.io.extras import need
 from gpd_fx.io.models import load_weights, resolve

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.randomness import derive, permutation, restored, set_all
+from gpd_fx.distill.data.seeds import derive, permutation, restored, set_all
 from gpd_fx.errors import ArgumentError
 from gpd_fx.io.extras import need
 

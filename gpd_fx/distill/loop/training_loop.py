@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.data import Images, Order, held_out_batches, training_batches
-from gpd_fx.distill.evaluation import Score, score
-from gpd_fx.distill.learner import Learner
-from gpd_fx.distill.static import StaticTeacher
-from gpd_fx.distill.store import Store
-from gpd_fx.distill.trainee import Trainee
-from gpd_fx.distill.watch import Epoch, Watcher
+from gpd_fx.distill.data.images import Images, Order, held_out_batches, training_batches
+from gpd_fx.distill.loop.evaluation import Score, score
+from gpd_fx.distill.loop.networks import Trainee
+from gpd_fx.distill.loop.update import Learner
+from gpd_fx.distill.losses.static_teacher import StaticTeacher
+from gpd_fx.distill.show.callbacks import Epoch, Watcher
+from gpd_fx.distill.state.checkpoints import Store
 from gpd_fx.errors import ArgumentError, CheckpointError, TrainingError
 
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gpd_fx.distill.review import Review, as_map
-from gpd_fx.distill.taps import StudentTaps, TeacherTaps
+from gpd_fx.distill.losses.feature_taps import StudentTaps, TeacherTaps
+from gpd_fx.distill.losses.review import Review, as_map
 from gpd_fx.errors import ArgumentError
 from gpd_fx.losses import select_logits
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher

@@ -11,7 +11,7 @@ from torch import nn
 
 from gpd_fx.api.checkpoint import plan_digest
 from gpd_fx.distill.config import DistillConfig
-from gpd_fx.distill.state import checkpoint_path, checkpoints, prune, read_state, write_state
+from gpd_fx.distill.state.snapshot import checkpoint_path, checkpoints, prune, read_state, write_state
 from gpd_fx.errors import CheckpointError
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from gpd_fx.distill.evaluation import Score
-from gpd_fx.distill.metrics import Recorder
+from gpd_fx.distill.loop.evaluation import Score
+from gpd_fx.distill.show.metrics import Recorder
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The loop: one update, evaluation, and what both need."""

@@ -1,0 +1,1 @@
+"""The objective, its weights, and what a static teacher gives."""
