@@ -253,7 +253,7 @@ class DynamicTeacher(nn.Module):
             for path in places:
                 put(plain, path, None, like=None)
                 put(graph, path, None, like=torch.empty(0))
-            made = Apart(added)(plain).module
+            made = Apart(added)(plain).graph_module
             mine: list[Fused] = []
             if self._fuses:
                 for target, name in feeds.items():
@@ -264,7 +264,7 @@ class DynamicTeacher(nn.Module):
                 for pair in pairs_of(made, but):
                     runs, reason = ("fused", f"with {pair.norm}") if pair.reason is None else ("apart", pair.reason)
                     mine.append(Fused(feeds[pair.weight], mode, runs, reason))
-                made = FuseDepthwise(but)(made).module
+                made = FuseDepthwise(but)(made).graph_module
             graph.graph = made.graph
             self._beside[mode] = places
             apart = {row.parameter for row in mine if row.runs == "apart"}

@@ -14,6 +14,7 @@ import copy
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx, nn
 
@@ -22,6 +23,7 @@ from gpd_fx.composition import Composition
 from gpd_fx.errors import PassError
 from gpd_fx.layout import KernelLayout, ParamPlan
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.fingerprint import Sharing
 from gpd_fx.weights import weight_layout
 
 ALIASES = "gpd_fx_aliases"
@@ -40,11 +42,14 @@ def find_composition(module: fx.GraphModule) -> fx.Node | None:
 class Branch(Pass):
     """Adds a submodule `composition` that holds each conv and linear weight with its branches.
 
+    All parameters and buffers of the result are new.
+
     Attributes:
         branches: as for `gpd_fx.expand`: "orepa", None, or a list of names.
         seed: of the branches' random tensors.
     """
 
+    parameters: ClassVar[Sharing] = "new"
     branches: str | Sequence[str] | None = "orepa"
     seed: int = 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,7 @@ from gpd_fx.errors import FoldError, PassError
 from gpd_fx.layout import ParamPlan, along
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import find_composition
+from gpd_fx.passes.fingerprint import Sharing
 from gpd_fx.passes.widen import GRAPH, PLAN
 from gpd_fx.paths import fetch, put
 from gpd_fx.plan import Plan
@@ -58,7 +60,13 @@ def fold(teacher: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Fold(Pass):
-    """Takes a graph that `Widen` made, trained or not, with its branches merged, back to the width it had."""
+    """Takes a graph that `Widen` made, trained or not, with its branches merged, back to the width it had.
+
+    All parameters of the result are new. Of a graph that was trained, the student is another function than the teacher.
+    """
+
+    parameters: ClassVar[Sharing] = "new"
+    changes_function: ClassVar[bool] = True
 
     def requires(self, module: fx.GraphModule) -> None:
         if not isinstance(module.meta.get(PLAN), Plan):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import operator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -20,12 +21,18 @@ from gpd_fx.composition import Composition
 from gpd_fx.errors import PassError
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import ALIASES, find_composition
+from gpd_fx.passes.fingerprint import Sharing
 from gpd_fx.paths import put
 
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """Replaces the submodule `composition` by plain parameters under the names of those it holds."""
+    """Replaces the submodule `composition` by plain parameters under the names of those it holds.
+
+    All parameters of the result are new.
+    """
+
+    parameters: ClassVar[Sharing] = "new"
 
     def requires(self, module: fx.GraphModule) -> None:
         node = find_composition(module)
