@@ -7,6 +7,7 @@ from gpd_fx.passes.branch import Branch as Branch
 from gpd_fx.passes.fold import Fold as Fold
 from gpd_fx.passes.fuse import FuseDepthwise as FuseDepthwise
 from gpd_fx.passes.merge import Merge as Merge
+from gpd_fx.passes.normalize import Normalize as Normalize
 from gpd_fx.passes.pipeline import Pipeline as Pipeline
 from gpd_fx.passes.propagate import Propagate as Propagate
 from gpd_fx.passes.shapes import refresh_values as refresh_values

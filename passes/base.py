@@ -72,6 +72,10 @@ class Pass(ABC):
                 "gpd_fx.capture(model, example_inputs) first, or run the pass Normalize on it"
             )
 
+    def sources(self, module: Any) -> tuple[Any, ...]:
+        """What the result may share parameters with, and what has to stay as it is: the argument, and maybe more."""
+        return (module,)
+
     def requires(self, module: fx.GraphModule) -> None:
         """Raise `PassError` where `module` is not one that this pass can take."""
 
@@ -91,7 +95,7 @@ class Pass(ABC):
                 promises: it changed its argument, or the parameters of its result are not as its class declares.
         """
         self.admits(module)
-        before = Fingerprint(module)
+        before = Fingerprint(*self.sources(module))
         self.requires(module)
         result = self.run(module)
         if not isinstance(result, PassResult):  # pyright: ignore[reportUnnecessaryIsInstance]  users write passes

@@ -24,6 +24,7 @@ from gpd_fx.errors import PassError
 from gpd_fx.layout import KernelLayout, ParamPlan
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.fingerprint import Sharing
+from gpd_fx.passes.nothing_done import seen
 from gpd_fx.weights import weight_layout
 
 ALIASES = "gpd_fx_aliases"
@@ -66,7 +67,8 @@ class Branch(Pass):
         names = resolve_branches(self.branches)
         layouts = _layouts(module)
         if names == (MAIN,) or not layouts:
-            note = "no extra branch was asked for" if layouts else "no conv or linear op uses a parameter as its weight"
+            why = f"no conv or linear op uses a parameter as its weight; {seen(module)}"
+            note = "no extra branch was asked for" if layouts else why
             return PassResult(module, False, (note,))
         module = copy.deepcopy(module)
         aliases = _aliases(module, layouts)

@@ -5,7 +5,7 @@ Nothing is copied: a graph is noted as text, a tensor by its identity and by the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
@@ -19,13 +19,13 @@ Sharing = Literal["shared", "new", "any"]
 
 
 class Fingerprint:
-    """The graph and the tensors of a module or program as they are now.
+    """The graphs and the tensors of modules or programs as they are now.
 
     Args:
-        given: a `GraphModule`, another module, or an `ExportedProgram`.
+        given: `GraphModule`s, other modules, or `ExportedProgram`s.
     """
 
-    def __init__(self, given: nn.Module | ExportedProgram) -> None:
+    def __init__(self, *given: nn.Module | ExportedProgram) -> None:
         self._given = given
         self._nodes = list(_nodes(given))
         self._tensors = {name: (tensor, _version(tensor)) for name, tensor in _tensors(given)}
@@ -54,7 +54,7 @@ class Fingerprint:
         Raises:
             PassError: a parameter is shared that should be new, or the other way round; the message names it.
         """
-        if promise == "any" or result is self._given:
+        if promise == "any" or any(result is each for each in self._given):
             return
         held = {id(tensor) for tensor, _ in self._tensors.values()}
         places = {_place(tensor) for tensor, _ in self._tensors.values()} - {0}
@@ -71,26 +71,27 @@ class Fingerprint:
                 )
 
 
-def _nodes(given: nn.Module | ExportedProgram) -> Iterator[tuple[Any, ...]]:
-    module = given.graph_module if isinstance(given, ExportedProgram) else given
-    for inner in graphs_of(module):
-        for node in inner.graph.nodes:
-            meta = tuple((key, id(value)) for key, value in node.meta.items())
-            yield node.op, node.name, node.target, str(node.args), str(node.kwargs), meta
+def _nodes(given: Sequence[nn.Module | ExportedProgram]) -> Iterator[tuple[Any, ...]]:
+    for each in given:
+        for inner in graphs_of(each.graph_module if isinstance(each, ExportedProgram) else each):
+            for node in inner.graph.nodes:
+                meta = tuple((key, id(value)) for key, value in node.meta.items())
+                yield node.op, node.name, node.target, str(node.args), str(node.kwargs), meta
 
 
-def _tensors(given: nn.Module | ExportedProgram) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(given, ExportedProgram):
-        held = given.state_dict | given.constants
-        yield from ((name, value) for name, value in held.items() if isinstance(value, Tensor))
-        return
-    yield from given.named_parameters(remove_duplicate=False)
-    yield from given.named_buffers(remove_duplicate=False)
-    if isinstance(given, fx.GraphModule):
-        for node in given.graph.find_nodes(op="get_attr"):
-            value = fetch(given, str(node.target))
-            if isinstance(value, Tensor):
-                yield str(node.target), value
+def _tensors(given: Sequence[nn.Module | ExportedProgram]) -> Iterator[tuple[str, Tensor]]:
+    for each in given:
+        if isinstance(each, ExportedProgram):
+            held = each.state_dict | each.constants
+            yield from ((name, value) for name, value in held.items() if isinstance(value, Tensor))
+            continue
+        yield from each.named_parameters(remove_duplicate=False)
+        yield from each.named_buffers(remove_duplicate=False)
+        if isinstance(each, fx.GraphModule):
+            for node in each.graph.find_nodes(op="get_attr"):
+                value = fetch(each, str(node.target))
+                if isinstance(value, Tensor):
+                    yield str(node.target), value
 
 
 def _version(tensor: Tensor) -> int | None:

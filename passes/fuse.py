@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from gpd_fx.kernels.depthwise import depthwise_norm
 from gpd_fx.kernels.depthwise_launch import MOST_SIDE, padding_of
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.nothing_done import seen
 from gpd_fx.paths import fetch, with_graph
 from gpd_fx.private import OpOverload, copy_graph, schema
 from gpd_fx.rules.site import bind, op_name
@@ -57,6 +58,8 @@ class FuseDepthwise(Pass):
             if pair.reason is None:
                 _fuse(pair)
                 changed = True
+        if not notes:
+            notes.append(f"no depthwise conv2d takes its kernel from an attribute; {seen(module)}")
         return PassResult(with_graph(module, graph), changed, tuple(notes))
 
     def ensures(self, module: fx.GraphModule) -> None:

@@ -22,6 +22,7 @@ from gpd_fx.errors import PassError
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import ALIASES, find_composition
 from gpd_fx.passes.fingerprint import Sharing
+from gpd_fx.passes.nothing_done import seen
 from gpd_fx.paths import put
 
 
@@ -45,7 +46,7 @@ class Merge(Pass):
 
     def run(self, module: fx.GraphModule) -> PassResult:
         if find_composition(module) is None:
-            return PassResult(module, False, ("the graph has no branches",))
+            return PassResult(module, False, (f"the graph has no branches; {seen(module)}",))
         module = copy.deepcopy(module)
         graph = module.graph
         both = find_composition(module)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from gpd_fx.analysis import analyse, check_captured
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.fingerprint import Sharing
+from gpd_fx.passes.nothing_done import seen
 from gpd_fx.paths import fetch, put
 from gpd_fx.plan import Plan, make_plan
 from gpd_fx.private import copy_graph
@@ -63,7 +64,9 @@ class Widen(Pass):
 
         wide = widen_graph(plan, GRAPH, tensor)
         wide.meta[PLAN] = plan
-        return PassResult(wide, bool(plan.widening.copies), frozen_notes(plan))
+        if not plan.widening.copies:
+            return PassResult(wide, False, (f"nothing was widened: {seen(module)}", *frozen_notes(plan)))
+        return PassResult(wide, True, frozen_notes(plan))
 
 
 def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | None]) -> fx.GraphModule:
