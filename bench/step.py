@@ -93,7 +93,7 @@ class Step:
         teacher = gpd_fx.expand(model, setting.ratio, (few,), branches=setting.branches.split(","), verify=False)
         awaken(teacher.composition)
         self.reference = self._place(teacher)
-        self.wide = self._place(Merge()(teacher.as_graph("train")).module)
+        self.wide = self._place(Merge()(teacher.as_graph("train")).graph_module)
         self.student = self._place(gpd_fx.fold(teacher))
         self.image = image.to(device).contiguous(memory_format=self.layout)
         self.target = torch.arange(setting.batch, device=device) % 10

@@ -88,6 +88,7 @@ class Apart(Pass):
             for _, node in uses:
                 _add(graph, node, products)
             notes.append(f"{target}: {len(products)} branches run apart at {len(uses)} uses")
+        notes = notes or ["`products` names no branch, so none was added"]
         return PassResult(with_graph(module, graph), bool(self.products), tuple(notes))
 
     def ensures(self, module: fx.GraphModule) -> None:

@@ -1,35 +1,80 @@
 """What every pass is: a small frozen dataclass that maps one FX GraphModule to another.
 
-A pass states its options as fields, checks its precondition before and its postcondition after it runs, and says
-whether it changed anything. A `Pipeline` is itself a pass; an error in it names the pass and those that ran before.
+A pass states its options as fields. Calling it checks its precondition, runs it, checks its postcondition, and brings
+`meta["val"]` of the result up to date. The base class holds every pass to three laws: its argument is unchanged,
+the parameters of its result are shared or new as the class declares, and its result is a `PassResult`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import fx
+from torch.fx.passes.infra import pass_base
 
-from gpd_fx.errors import GPDError, PassError
+from gpd_fx.errors import PassError
+from gpd_fx.passes.fingerprint import Fingerprint, Sharing
+from gpd_fx.passes.shapes import refresh_values
 
 
-@dataclass(frozen=True)
-class PassResult:
-    """The module after a pass, whether the pass changed it, and what it has to say (one line each)."""
+class PassResult(pass_base.PassResult):
+    """The module after a pass, whether the pass changed it, and what it has to say.
 
-    module: fx.GraphModule
-    changed: bool
-    notes: tuple[str, ...] = field(default=())
+    It is torch's own `PassResult` with notes, so `torch.fx.passes.infra.pass_manager.PassManager` takes it. As a tuple
+    it has two entries, `graph_module` and `modified`.
+
+    Attributes:
+        graph_module: the module after the pass.
+        modified: whether the pass changed anything.
+        notes: what the pass reports, one line each.
+
+    Example:
+        >>> PassResult(graph, True, ("3 layers widened",)).notes
+        ('3 layers widened',)
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __new__(cls, graph_module: fx.GraphModule, modified: bool, notes: Sequence[str] = ()) -> PassResult:
+        result = super().__new__(cls, graph_module, modified)
+        assert isinstance(result, cls)
+        result.notes = tuple(notes)
+        return result
 
 
 class Pass(ABC):
-    """A transformation of an `fx.GraphModule`; options are dataclass fields. Call it to run it with its checks."""
+    """A transformation of an `fx.GraphModule`; options are dataclass fields. Call it to run it with its checks.
+
+    A pass fits into `gpd_fx.passes.Pipeline` and into torch's `PassManager`.
+
+    Attributes:
+        parameters: what the class promises about the parameters of a result that is not the argument itself: "shared"
+            (each is one of the argument's), "new" (none is), or "any" (no promise).
+        changes_function: whether the result may compute another function than the argument. A pipeline with `verify`
+            does not compare the values before and after such a pass.
+    """
+
+    parameters: ClassVar[Sharing] = "shared"
+    changes_function: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """The name used in messages."""
         return type(self).__name__
+
+    def admits(self, given: Any) -> None:
+        """Raise `PassError` where the argument is of a type that this pass cannot take."""
+        if not isinstance(given, fx.GraphModule):
+            raise PassError(
+                f"{self.name} takes an fx.GraphModule, got {type(given).__name__}; capture a model with "
+                "gpd_fx.capture(model, example_inputs) first, or run the pass Normalize on it"
+            )
+
+    def sources(self, module: Any) -> tuple[Any, ...]:
+        """What the result may share parameters with, and what has to stay as it is: the argument, and maybe more."""
+        return (module,)
 
     def requires(self, module: fx.GraphModule) -> None:
         """Raise `PassError` where `module` is not one that this pass can take."""
@@ -43,43 +88,23 @@ class Pass(ABC):
         module.graph.lint()
 
     def __call__(self, module: fx.GraphModule) -> PassResult:
-        """Check the precondition, run, check the postcondition.
+        """Check the precondition, run, check the postcondition, and record the values of the result's nodes.
 
         Raises:
-            PassError: the argument is no `fx.GraphModule`, or a condition does not hold.
+            PassError: the argument is no `fx.GraphModule`, a condition does not hold, or the pass broke what every pass
+                promises: it changed its argument, or the parameters of its result are not as its class declares.
         """
-        if not isinstance(module, fx.GraphModule):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
-            raise PassError(
-                f"{self.name} takes an fx.GraphModule, got {type(module).__name__}; capture a model with "
-                "gpd_fx.capture(model, example_inputs) first"
-            )
+        self.admits(module)
+        before = Fingerprint(*self.sources(module))
         self.requires(module)
         result = self.run(module)
-        self.ensures(result.module)
+        if not isinstance(result, PassResult):  # pyright: ignore[reportUnnecessaryIsInstance]  users write passes
+            raise PassError(f"{self.name}: run returned a {type(result).__name__}; return a PassResult")
+        self.ensures(result.graph_module)
+        changed = before.difference()
+        if changed is not None:
+            raise PassError(f"{self.name} changed its argument: {changed}; a pass has to work on a copy")
+        before.check_sharing(result.graph_module, self.parameters, self.name)
+        if result.modified:
+            refresh_values(result.graph_module)
         return result
-
-
-@dataclass(frozen=True)
-class Pipeline(Pass):
-    """Passes run one after another.
-
-    Raises:
-        GPDError: whatever a pass raises, of the same class, with the failing pass and those before it named.
-    """
-
-    passes: tuple[Pass, ...]
-
-    def run(self, module: fx.GraphModule) -> PassResult:
-        done: list[str] = []
-        notes: list[str] = []
-        changed = False
-        for step in self.passes:
-            try:
-                result = step(module)
-            except GPDError as error:
-                after = f" (after {', '.join(done)})" if done else ""
-                raise type(error)(f"pass {step.name}{after}: {error}") from error
-            module, changed = result.module, changed or result.changed
-            notes += result.notes
-            done.append(step.name)
-        return PassResult(module, changed, tuple(notes))

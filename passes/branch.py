@@ -14,6 +14,7 @@ import copy
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx, nn
 
@@ -22,6 +23,8 @@ from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import PassError
 from gpd_fx.kernels.compose.layout import KernelLayout
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.fingerprint import Sharing
+from gpd_fx.passes.nothing_done import seen
 from gpd_fx.plan.parameter_plan import ParamPlan
 from gpd_fx.rules.weights import weight_layout
 
@@ -41,11 +44,14 @@ def find_composition(module: fx.GraphModule) -> fx.Node | None:
 class Branch(Pass):
     """Adds a submodule `composition` that holds each conv and linear weight with its branches.
 
+    All parameters and buffers of the result are new.
+
     Attributes:
         branches: as for `gpd_fx.expand`: "orepa", None, or a list of names.
         seed: of the branches' random tensors.
     """
 
+    parameters: ClassVar[Sharing] = "new"
     branches: str | Sequence[str] | None = "orepa"
     seed: int = 0
 
@@ -62,7 +68,8 @@ class Branch(Pass):
         names = resolve_branches(self.branches)
         layouts = _layouts(module)
         if names == (MAIN,) or not layouts:
-            note = "no extra branch was asked for" if layouts else "no conv or linear op uses a parameter as its weight"
+            why = f"no conv or linear op uses a parameter as its weight; {seen(module)}"
+            note = "no extra branch was asked for" if layouts else why
             return PassResult(module, False, (note,))
         module = copy.deepcopy(module)
         aliases = _aliases(module, layouts)

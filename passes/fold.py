@@ -9,6 +9,7 @@ A wide graph made by `Widen` holds alpha·M, so there the slice is divided by al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from gpd_fx.fxtools.torch_internals import copy_graph
 from gpd_fx.kernels.compose.layout import along
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import find_composition
+from gpd_fx.passes.fingerprint import Sharing
 from gpd_fx.passes.widen import GRAPH, PLAN
 from gpd_fx.plan.parameter_plan import ParamPlan
 from gpd_fx.plan.plan import Plan
@@ -26,7 +28,13 @@ from gpd_fx.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Fold(Pass):
-    """Takes a graph that `Widen` made, trained or not, with its branches merged, back to the width it had."""
+    """Takes a graph that `Widen` made, trained or not, with its branches merged, back to the width it had.
+
+    All parameters of the result are new. Of a graph that was trained, the student is another function than the teacher.
+    """
+
+    parameters: ClassVar[Sharing] = "new"
+    changes_function: ClassVar[bool] = True
 
     def requires(self, module: fx.GraphModule) -> None:
         if not isinstance(module.meta.get(PLAN), Plan):

@@ -21,6 +21,7 @@ from gpd_fx.fxtools.torch_internals import OpOverload, copy_graph, schema
 from gpd_fx.kernels.depthwise.launch import MOST_SIDE, padding_of
 from gpd_fx.kernels.depthwise.op import depthwise_norm
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.nothing_done import seen
 from gpd_fx.rules.weights import weight_layout
 
 aten = torch.ops.aten
@@ -54,6 +55,8 @@ class FuseDepthwise(Pass):
             if pair.reason is None:
                 _fuse(pair)
                 changed = True
+        if not notes:
+            notes.append(f"no depthwise conv2d takes its kernel from an attribute; {seen(module)}")
         return PassResult(with_graph(module, graph), changed, tuple(notes))
 
     def ensures(self, module: fx.GraphModule) -> None:

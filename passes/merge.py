@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import operator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -21,11 +22,18 @@ from gpd_fx.errors import PassError
 from gpd_fx.fxtools.attributes import put
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.branch import ALIASES, find_composition
+from gpd_fx.passes.fingerprint import Sharing
+from gpd_fx.passes.nothing_done import seen
 
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """Replaces the submodule `composition` by plain parameters under the names of those it holds."""
+    """Replaces the submodule `composition` by plain parameters under the names of those it holds.
+
+    All parameters of the result are new.
+    """
+
+    parameters: ClassVar[Sharing] = "new"
 
     def requires(self, module: fx.GraphModule) -> None:
         node = find_composition(module)
@@ -38,7 +46,7 @@ class Merge(Pass):
 
     def run(self, module: fx.GraphModule) -> PassResult:
         if find_composition(module) is None:
-            return PassResult(module, False, ("the graph has no branches",))
+            return PassResult(module, False, (f"the graph has no branches; {seen(module)}",))
         module = copy.deepcopy(module)
         graph = module.graph
         both = find_composition(module)

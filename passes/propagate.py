@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from gpd_fx.axes.expressions import show
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.fingerprint import Sharing
 from gpd_fx.passes.widen import GRAPH
 from gpd_fx.plan.analysis import analyse, check_captured
 from gpd_fx.plan.frozen_axes import frozen_notes
@@ -23,7 +25,9 @@ AXES = "gpd_axes"
 
 @dataclass(frozen=True)
 class Propagate(Pass):
-    """Annotates nodes with their axes; the notes say what cannot widen and why."""
+    """Annotates nodes with their axes; the notes say what cannot widen and why. The result is a deep copy."""
+
+    parameters: ClassVar[Sharing] = "new"
 
     def requires(self, module: fx.GraphModule) -> None:
         check_captured(module, self.name)

@@ -7,8 +7,10 @@ gathered along its widened axes, times alpha where all its uses agree on it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +18,8 @@ from torch import Tensor, fx, nn
 from gpd_fx.fxtools.attributes import fetch, put
 from gpd_fx.fxtools.torch_internals import copy_graph
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.fingerprint import Sharing
+from gpd_fx.passes.nothing_done import seen
 from gpd_fx.plan.analysis import analyse, check_captured
 from gpd_fx.plan.frozen_axes import frozen_notes
 from gpd_fx.plan.plan import Plan, make_plan
@@ -30,7 +34,7 @@ _ALPHA = "_gpd_alpha_"
 
 @dataclass(frozen=True)
 class Widen(Pass):
-    """Widen one captured graph by itself.
+    """Widen one captured graph by itself. All parameters and buffers of the result are new.
 
     Attributes:
         ratio: expansion ratio >= 1, or `{parameter-name glob: ratio}`.
@@ -39,6 +43,7 @@ class Widen(Pass):
         equal_alpha: give all copies of a channel equal shares.
     """
 
+    parameters: ClassVar[Sharing] = "new"
     ratio: Ratio = 2.0
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -59,7 +64,9 @@ class Widen(Pass):
 
         wide = widen_graph(plan, GRAPH, tensor)
         wide.meta[PLAN] = plan
-        return PassResult(wide, bool(plan.widening.copies), frozen_notes(plan))
+        if not plan.widening.copies:
+            return PassResult(wide, False, (f"nothing was widened: {seen(module)}", *frozen_notes(plan)))
+        return PassResult(wide, True, frozen_notes(plan))
 
 
 def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | None]) -> fx.GraphModule:
@@ -71,16 +78,18 @@ def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | N
     facts = plan.analysis.graphs[key]
     graph, mapping = copy_graph(facts.module.graph)
     root = nn.Module()
+    before = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     for node in facts.module.graph.find_nodes(op="get_attr"):
         old = fetch(facts.module, str(node.target))
         if isinstance(old, Tensor):
             put(root, str(node.target), tensor(plan.analysis.tensor_name(key, node), old), like=old)
         else:
             put(root, str(node.target), old, like=old)
-    exact: dict[str, Tensor] = {}
+    exact = _widened_constants(plan, key)
+    names = (name for number in itertools.count() if (name := f"{_ALPHA}{number}") not in before)
 
     def constant(value: Tensor, like: Tensor) -> str:
-        name = f"{_ALPHA}{len(exact)}"
+        name = next(names)
         exact[name] = value
         root.register_buffer(name, value.to(like.dtype).to(like.device), persistent=False)
         return name
@@ -96,3 +105,12 @@ def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | N
         if isinstance(old, Tensor) and fetch(wide, str(node.target)) is None:
             put(wide, str(node.target), None, like=old)
     return wide
+
+
+def _widened_constants(plan: Plan, key: str) -> dict[str, Tensor]:
+    """The exact constants of a graph that was widened before, as this plan widens them."""
+    module = plan.analysis.graphs[key].module
+    before: dict[str, Tensor] = module.meta.get(EXACT, {})
+    nodes = {str(node.target): node for node in module.graph.find_nodes(op="get_attr")}
+    names = {name: plan.analysis.tensor_name(key, nodes[name]) for name in before if name in nodes}
+    return {name: plan.tensors[held].widen(before[name]) for name, held in names.items()}

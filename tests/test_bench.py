@@ -233,7 +233,7 @@ def test_branches_as_layers_are_the_same_function(branches: list[str]) -> None:
     image = torch.randn(3, 3, 17, 19, dtype=torch.float64)
     teacher = gpd_fx.expand(model, 2.0, (image,), branches=branches)
     awaken(teacher.composition)
-    wide = Merge()(teacher.as_graph("eval")).module
+    wide = Merge()(teacher.as_graph("eval")).graph_module
     layers = dict(zip((p.name for p in teacher.composition.plans), teacher.composition.layers(), strict=True))
     apart = with_branches(wide, layers).double()
     set_identity(apart)
@@ -249,7 +249,7 @@ def test_branches_as_layers_are_the_same_function(branches: list[str]) -> None:
 def test_a_branch_without_layers_of_its_own_is_said() -> None:
     model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3))
     teacher = gpd_fx.expand(model, 2.0, (torch.randn(2, 3, 16),), branches=["1x1"])
-    wide = Merge()(teacher.as_graph("train")).module
+    wide = Merge()(teacher.as_graph("train")).graph_module
     layers = dict(zip((p.name for p in teacher.composition.plans), teacher.composition.layers(), strict=True))
     with pytest.raises(
         Unwritten, match=r"2 layers with branches are neither a conv2d nor a linear: 0.weight, 2.weight"

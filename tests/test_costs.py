@@ -63,7 +63,7 @@ def test_flops_are_those_that_torch_counts(model: nn.Module, shape: tuple[int, .
     image = torch.randn(shape)
     graph = gpd_fx.capture(model.eval(), (image,))
     plan = make_plan(analyse({GRAPH: graph}), ratio)
-    wide = gpd_fx.passes.Widen(ratio)(graph).module
+    wide = gpd_fx.passes.Widen(ratio)(graph).graph_module
     assert network_flops(plan) == (counted(graph, image), counted(wide, image))
 
 

@@ -90,7 +90,7 @@ def test_both_networks_are_the_same(randomise: Callable[[nn.Module], nn.Module],
     assert not any("depthwise_norm" in code for code in codes(loaded))
     assert torch.equal(loaded.eval()(x), teacher.eval()(x))
     assert (
-        relative_error(teacher(x), Merge()(teacher.as_graph()).module(x)) < 1e-12
+        relative_error(teacher(x), Merge()(teacher.as_graph()).graph_module(x)) < 1e-12
     )  # as a graph of its own, all is two ops
     assert teacher.fuse(False).rows == ()
     assert codes(teacher) == plain
@@ -186,9 +186,9 @@ def test_what_stays_two_ops(name: str) -> None:
     model, reason = STAYS[name]
     graph = gpd_fx.capture(model.double(), (torch.randn(2, 4, 11, 11, dtype=torch.float64),), mode="train")
     result = FuseDepthwise()(graph)
-    assert not result.changed
+    assert not result.modified
     assert result.notes == (f"conv2d: {reason}",)
-    assert str(result.module.graph) == str(graph.graph)
+    assert str(result.graph_module.graph) == str(graph.graph)
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"groups": 1}])
@@ -204,15 +204,15 @@ def test_the_pass_alone(mode: Any) -> None:
     graph = gpd_fx.capture(model, (x,), mode=mode)
     before = str(graph.graph)
     result = FuseDepthwise()(graph)
-    assert result.changed
+    assert result.modified
     assert result.notes == ("conv2d: one op with its batch norm",)
     assert str(graph.graph) == before
-    again = FuseDepthwise()(result.module)
-    assert not again.changed
+    again = FuseDepthwise()(result.graph_module)
+    assert not again.modified
     named = {name: buffer.clone() for name, buffer in graph.named_buffers()}
     expected = graph(x)
     graph.load_state_dict(named, strict=False)
-    assert torch.equal(result.module(x), expected)
+    assert torch.equal(result.graph_module(x), expected)
 
 
 def test_a_synchronised_norm_is_left_alone() -> None:

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from gpd_fx.composition.composition import Composition
 from gpd_fx.errors import ArgumentError, PassError
-from gpd_fx.passes.base import Pipeline
 from gpd_fx.passes.branch import Branch
 from gpd_fx.passes.merge import Merge
+from gpd_fx.passes.pipeline import Pipeline
 
 # torch 2.11's own code, when it copies a captured graph
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -94,11 +94,11 @@ def test_branch_changes_nothing_at_the_start(graph: fx.GraphModule, image: Tenso
     keys = list(graph.state_dict())
     before = graph.code
     result = Branch()(graph)
-    assert result.changed
-    assert all(torch.equal(tensor, graph(image)[key]) for key, tensor in result.module(image).items())
+    assert result.modified
+    assert all(torch.equal(tensor, graph(image)[key]) for key, tensor in result.graph_module(image).items())
     assert graph.code == before  # the given module is left as it was
     assert list(graph.state_dict()) == keys
-    names = {name for name, _ in result.module.named_parameters()}
+    names = {name for name, _ in result.graph_module.named_parameters()}
     assert {f"composition.weights.{layer}.weight" for layer in ("stem", "depthwise", "head")} <= names
     assert "composition.branches.up.weight.b1x1_kxk.kernel" in names
     assert "stem.weight" not in names
@@ -106,7 +106,7 @@ def test_branch_changes_nothing_at_the_start(graph: fx.GraphModule, image: Tenso
 
 
 def test_branch_inserts_one_call_and_a_getitem_a_weight(graph: fx.GraphModule) -> None:
-    module = Branch()(graph).module
+    module = Branch()(graph).graph_module
     calls = list(module.graph.find_nodes(op="call_module", target="composition"))
     assert len(calls) == 1
     assert count(module, "call_function", operator.getitem) == 1 + 7
@@ -115,31 +115,33 @@ def test_branch_inserts_one_call_and_a_getitem_a_weight(graph: fx.GraphModule) -
 
 def test_branch_then_merge_is_the_identity(graph: fx.GraphModule, image: Tensor) -> None:
     result = Pipeline((Branch(), Merge()))(graph)
-    assert all(torch.equal(tensor, graph(image)[key]) for key, tensor in result.module(image).items())
-    assert list(result.module.state_dict()) == list(graph.state_dict())
-    assert all(torch.equal(t, graph.state_dict()[key]) for key, t in result.module.state_dict().items())
-    assert sorted(str(n.target) for n in result.module.graph.nodes) == sorted(str(n.target) for n in graph.graph.nodes)
-    Net().double().load_state_dict(result.module.state_dict(), strict=True)
+    assert all(torch.equal(tensor, graph(image)[key]) for key, tensor in result.graph_module(image).items())
+    assert list(result.graph_module.state_dict()) == list(graph.state_dict())
+    assert all(torch.equal(t, graph.state_dict()[key]) for key, t in result.graph_module.state_dict().items())
+    assert sorted(str(n.target) for n in result.graph_module.graph.nodes) == sorted(
+        str(n.target) for n in graph.graph.nodes
+    )
+    Net().double().load_state_dict(result.graph_module.state_dict(), strict=True)
 
 
 @pytest.mark.parametrize("branches", ["orepa", ["1xk+kx1", "1x1-kxk:3", "lowrank:2"]])
 def test_merge_is_exact_with_trained_branches(
     graph: fx.GraphModule, image: Tensor, branches: str | list[str], randomise: Randomise
 ) -> None:
-    module = Branch(branches)(graph).module
+    module = Branch(branches)(graph).graph_module
     randomise(composition_of(module))
     expected = module(image)
     assert (expected["features"] - graph(image)["features"]).abs().max() > 0.1
     merged = Merge()(module)
-    assert merged.changed
-    close(merged.module(image), expected)
+    assert merged.modified
+    close(merged.graph_module(image), expected)
     close(module(image), expected)  # the given module still has its branches
     assert composition_of(module)
-    assert not hasattr(merged.module, "composition")
+    assert not hasattr(merged.graph_module, "composition")
 
 
 def test_branches_train(graph: fx.GraphModule, image: Tensor) -> None:
-    module = Branch()(graph).module
+    module = Branch()(graph).graph_module
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -147,18 +149,18 @@ def test_branches_train(graph: fx.GraphModule, image: Tensor) -> None:
         optimizer.step()
     moved = [p for p in composition_of(module).branches.parameters() if p.grad is not None and p.grad.any()]
     assert len(moved) == len(list(composition_of(module).branches.parameters()))
-    close(Merge()(module).module(image), module(image))
+    close(Merge()(module).graph_module(image), module(image))
 
 
 def test_tied_weights_stay_tied() -> None:
     x = torch.randint(7, (2, 5))
     graph = capture(Tied().double(), x)
-    module = Branch("lowrank:2")(graph).module
+    module = Branch("lowrank:2")(graph).graph_module
     composition = composition_of(module)
     assert len(composition.plans) == 2
     for p in composition.parameters():
         nn.init.normal_(p)
-    merged = Merge()(module).module
+    merged = Merge()(module).graph_module
     torch.testing.assert_close(merged(x), module(x), rtol=1e-12, atol=1e-12)
     assert merged.get_parameter("embedding.weight") is merged.get_parameter("out.weight")
     assert list(merged.state_dict()) == list(graph.state_dict())
@@ -167,9 +169,9 @@ def test_tied_weights_stay_tied() -> None:
 def test_frozen_weights_get_no_branches_and_stay_frozen(graph: fx.GraphModule, image: Tensor) -> None:
     graph.get_parameter("stem.weight").requires_grad_(False)
     result = Branch()(graph)
-    assert composition_of(result.module).branch_names("stem.weight") == ("kxk",)
+    assert composition_of(result.graph_module).branch_names("stem.weight") == ("kxk",)
     assert any(note.startswith("stem.weight: 1x1 left out, the weight is frozen") for note in result.notes)
-    merged = Merge()(result.module).module
+    merged = Merge()(result.graph_module).graph_module
     assert not merged.get_parameter("stem.weight").requires_grad
     assert merged.get_parameter("up.weight").requires_grad
 
@@ -177,20 +179,20 @@ def test_frozen_weights_get_no_branches_and_stay_frozen(graph: fx.GraphModule, i
 @pytest.mark.parametrize("branches", [None, [], "kxk"])
 def test_no_branches_asked_for(graph: fx.GraphModule, branches: list[str] | None) -> None:
     result = Branch(branches)(graph)
-    assert not result.changed
-    assert result.module is graph
+    assert not result.modified
+    assert result.graph_module is graph
 
 
 def test_a_graph_without_weights(image: Tensor) -> None:
     result = Branch()(capture(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).double().eval(), image))
-    assert not result.changed
-    assert result.notes == ("no conv or linear op uses a parameter as its weight",)
+    assert not result.modified
+    assert result.notes[0].startswith("no conv or linear op uses a parameter as its weight; saw 1 ")
 
 
 def test_merge_of_a_plain_graph(graph: fx.GraphModule) -> None:
     result = Merge()(graph)
-    assert not result.changed
-    assert result.module is graph
+    assert not result.modified
+    assert result.graph_module is graph
 
 
 def test_branch_twice_is_refused(graph: fx.GraphModule) -> None:
@@ -211,7 +213,7 @@ def test_a_model_with_its_own_composition_is_refused() -> None:
 
 
 def test_merge_refuses_a_graph_of_both_networks(graph: fx.GraphModule) -> None:
-    module = Branch()(graph).module
+    module = Branch()(graph).graph_module
     node = next(iter(module.graph.find_nodes(op="call_module", target="composition")))
     with module.graph.inserting_after(node):
         student = module.graph.call_function(operator.getitem, (node, 1))
@@ -222,7 +224,7 @@ def test_merge_refuses_a_graph_of_both_networks(graph: fx.GraphModule) -> None:
 
 
 def test_seed_and_order(graph: fx.GraphModule) -> None:
-    first, again, other = (Branch(seed=seed)(graph).module.state_dict() for seed in (1, 1, 2))
+    first, again, other = (Branch(seed=seed)(graph).graph_module.state_dict() for seed in (1, 1, 2))
     key = "composition.branches.stem.weight.dwsep.point"
     assert torch.equal(first[key], again[key])
     assert not torch.equal(first[key], other[key])

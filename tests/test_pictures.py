@@ -81,7 +81,7 @@ class Shapes(fx.Interpreter):
 @pytest.mark.parametrize("ratio", [2.0, 1.5])
 def test_states_and_shapes_are_those_of_the_wide_graph(ratio: float) -> None:
     graph, ops = traced(Branchy(), IMAGE, ratio=ratio)
-    wide = gpd_fx.passes.Widen(ratio)(graph).module
+    wide = gpd_fx.passes.Widen(ratio)(graph).graph_module
     small, big = Shapes(graph), Shapes(wide)
     small.run(IMAGE)
     big.run(IMAGE)

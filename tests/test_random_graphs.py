@@ -101,8 +101,8 @@ def test_laws_of_passes(program: Program, ratio: float) -> None:
     with quiet():
         model = RandomNet(program).eval()
         graph = gpd_fx.capture(model, example(program, 2, 0))
-        wide = Widen(ratio)(graph).module
-        folded = Pipeline((Branch(), Merge(), Fold()))(wide).module
+        wide = Widen(ratio)(graph).graph_module
+        folded = Pipeline((Branch(), Merge(), Fold()))(wide).graph_module
         assert folded.code == graph.code
         for name, tensor in graph.state_dict().items():
             assert relative_error(tensor, folded.state_dict()[name]) <= 1e-12, name

@@ -212,7 +212,7 @@ def test_resnet() -> None:
         teacher.run_apart(every(teacher))
         assert len(teacher.apart) == 17 + 3 + 1  # 3x3 and 7x7 convs; 1x1 convs; the linear layer
         found = teacher.both(x)
-        graph = Merge()(teacher.as_graph()).module
+        graph = Merge()(teacher.as_graph()).graph_module
         assert relative_error(expected[0], graph(x)) < 1e-11  # as a graph of its own, all is composed
     for mine, theirs in zip(found, expected, strict=True):
         assert relative_error(theirs, mine) < 1e-11
@@ -294,12 +294,12 @@ def test_the_pass_alone() -> None:
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     graph = gpd_fx.capture(Conv().double(), (x,))
     result = Apart({"conv.weight": (Beside("p", "k", "v", 9),)})(graph)
-    assert result.changed
+    assert result.modified
     assert result.notes == ("conv.weight: 1 branches run apart at 1 uses",)
     p, k, v = (graph.get_parameter(name) for name in "pkv")
     kernel = torch.einsum("gci,gocyx->goiyx", p.view(2, 5, 2), k.view(2, 3, 5, 3, 3)).reshape(6, 2, 3, 3) * v[..., None]
     expected = graph(x) + functional.conv2d(x, kernel, padding=1, groups=2)
-    assert relative_error(expected, result.module(x)) < 1e-12
+    assert relative_error(expected, result.graph_module(x)) < 1e-12
     for products, message in (
         ({"conv.bias": (Beside("p", "k", "v", 9),)}, "does not take it as the weight"),
         ({"conv.nothing": (Beside("p", "k", "v", 9),)}, "no op uses it"),

@@ -91,7 +91,7 @@ def capture_skeleton(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             exported = program.module(check_guards=False)
     except Exception as error:  # the exporter raises errors of many families
         raise CaptureError(_explain(skeleton, mode, error)) from error
-    return _clean(exported)
+    return clean(exported)
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def _at_least_two(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor
 
 
-def _clean(exported: fx.GraphModule) -> fx.GraphModule:
+def clean(exported: fx.GraphModule) -> fx.GraphModule:
     """A plain GraphModule: the exporter's forbids `train()`, and its assertions would forbid a cast to float64."""
     inline_regions(exported)
     for module in graphs_of(exported):  # what is left inside the graph, such as the branches of a condition

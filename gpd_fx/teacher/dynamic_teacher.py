@@ -261,7 +261,7 @@ class DynamicTeacher(nn.Module):
             for path in places:
                 put(plain, path, None, like=None)
                 put(running, path, None, like=torch.empty(0))
-            made = Apart(added)(plain).module
+            made = Apart(added)(plain).graph_module
             if self._fuses:
                 for target, name in feeds.items():
                     if name in wide:
@@ -271,7 +271,7 @@ class DynamicTeacher(nn.Module):
                 for pair in pairs_of(made, but):
                     runs, reason = ("fused", f"with {pair.norm}") if pair.reason is None else ("apart", pair.reason)
                     rows.append(Fused(feeds[pair.weight], mode, runs, reason))
-                made = FuseDepthwise(but)(made).module
+                made = FuseDepthwise(but)(made).graph_module
             running.graph = made.graph
             self._beside[mode] = places
         return rows
