@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from gpd_fx.errors import PassError
 from gpd_fx.fxtools.regions import restored_autocast
-from gpd_fx.verify.comparison import CONDITIONING, nudged, relative_error
-from gpd_fx.verify.precision import DOUBLE, deterministic
+from gpd_fx.numerics.comparison import CONDITIONING, nudged, relative_error
+from gpd_fx.numerics.precision import DOUBLE, deterministic
 
 TOLERANCE = 1e-9
 """The largest relative error of two outputs that are taken for the same."""

@@ -17,10 +17,10 @@ from bench.zoo.check import randomise
 from gpd_fx.api.expansion import make_teacher
 from gpd_fx.axes.widening import Widening
 from gpd_fx.errors import VerificationError
+from gpd_fx.numerics import precision
+from gpd_fx.numerics.precision import DOUBLE, LARGE, SINGLE, precision_for
 from gpd_fx.rules.effects import Contract
 from gpd_fx.teacher.study import make_draft, study_model
-from gpd_fx.verify import precision
-from gpd_fx.verify.precision import DOUBLE, LARGE, SINGLE, precision_for
 from gpd_fx.verify.verification import check_expansion, elements
 
 

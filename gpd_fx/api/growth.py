@@ -30,6 +30,13 @@ from gpd_fx.api.checkpoint import plan_digest
 from gpd_fx.api.expansion import make_teacher
 from gpd_fx.axes.widening import parents
 from gpd_fx.errors import ArgumentError, VerificationError
+from gpd_fx.numerics.comparison import (
+    CONDITIONING,
+    nudged,
+    random_like,
+    relative_error,
+)
+from gpd_fx.numerics.precision import deterministic
 from gpd_fx.passes.widen import EXACT
 from gpd_fx.plan.parameter_plan import ParamPlan
 from gpd_fx.plan.plan import Plan
@@ -37,13 +44,6 @@ from gpd_fx.plan.ratios import Ratio, check_ratio
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 from gpd_fx.teacher.fold import fold
 from gpd_fx.teacher.study import make_draft, study_model
-from gpd_fx.verify.comparison import (
-    CONDITIONING,
-    nudged,
-    random_like,
-    relative_error,
-)
-from gpd_fx.verify.precision import deterministic
 
 _TOLERANCE = 1e-9
 

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from gpd_fx.axes.expressions import Expr
 from gpd_fx.fxtools.node_arguments import op_name
 from gpd_fx.fxtools.torch_internals import flat_inputs, put_tensor
+from gpd_fx.numerics.comparison import relative_error
 from gpd_fx.plan.plan import Plan
-from gpd_fx.verify.comparison import relative_error
 
 aten = torch.ops.aten
 

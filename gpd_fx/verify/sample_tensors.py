@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from gpd_fx.fxtools.attributes import fetch
+from gpd_fx.numerics.precision import Precision
 from gpd_fx.plan.plan import Plan
-from gpd_fx.verify.precision import Precision
 
 
 @dataclass(frozen=True)

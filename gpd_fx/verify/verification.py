@@ -8,7 +8,7 @@ untouched batch norm or a zero layer scale hides nothing. Then the capture is co
 An error is measured as max |difference| / max |output|. Beyond the tolerance it is held against the conditioning of the
 model: what a change of its input by one unit in the last place does.
 
-Where both networks would take too many bytes in float64 (`gpd_fx.verify.precision.LARGE`), the graphs are compared in
+Where both networks would take too many bytes in float64 (`gpd_fx.numerics.precision.LARGE`), the graphs are compared in
 float32. What rounding may do is then the model's own rounding error, which its float64 result tells: the wide graph
 may be `_ROOM` times as far from that as the model itself is. No more than the tensors of both networks are held at a
 time.
@@ -34,20 +34,20 @@ from gpd_fx.fxtools.torch_internals import (
     flat_inputs,
     schema,
 )
-from gpd_fx.passes.widen import EXACT
-from gpd_fx.plan.parameter_plan import ParamPlan
-from gpd_fx.plan.plan import Plan
-from gpd_fx.verify.comparison import CONDITIONING, nudged, random_like
-from gpd_fx.verify.comparison import relative_error as relative_error
-from gpd_fx.verify.first_difference import first_difference
-from gpd_fx.verify.precision import (
+from gpd_fx.numerics.comparison import CONDITIONING, nudged, random_like
+from gpd_fx.numerics.comparison import relative_error as relative_error
+from gpd_fx.numerics.precision import (
     DOUBLE,
     SINGLE,
     Precision,
     deterministic,
     precision_for,
 )
-from gpd_fx.verify.precision import is_random as is_random
+from gpd_fx.numerics.precision import is_random as is_random
+from gpd_fx.passes.widen import EXACT
+from gpd_fx.plan.parameter_plan import ParamPlan
+from gpd_fx.plan.plan import Plan
+from gpd_fx.verify.first_difference import first_difference
 from gpd_fx.verify.sample_tensors import Source
 
 if TYPE_CHECKING:

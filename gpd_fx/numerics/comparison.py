@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gpd_fx.verify.precision import COMPLEX
+from gpd_fx.numerics.precision import COMPLEX
 
 CONDITIONING = 100.0
 """An error may be this many times what one unit in the last place of the input does, see `nudged`."""
