@@ -26,8 +26,9 @@ from gpd_fx.capture.example_inputs import prepare
 from gpd_fx.errors import CaptureError, InputError
 from gpd_fx.fxtools.attributes import graphs_of
 from gpd_fx.fxtools.fake_tensors import fake_call
-from gpd_fx.fxtools.module_calls import unchanged
+from gpd_fx.fxtools.module_calls import detached_copies, unchanged
 from gpd_fx.fxtools.regions import inline_regions
+from gpd_fx.fxtools.size_ranges import RANGES, size_ranges
 
 Mode = Literal["train", "eval"]
 _BATCH = torch.export.Dim.AUTO  # let the exporter find which leading dimensions vary, and together
@@ -36,7 +37,7 @@ _IGNORED = ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default
 
 def shallow_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` with modules and buffers of its own, and the same parameter tensors."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo = detached_copies(model) | {id(parameter): parameter for parameter in model.parameters()}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -89,9 +90,13 @@ def capture_skeleton(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             with unchanged(skeleton), _named_keywords(skeleton, kwargs):
                 program = torch.export.export(skeleton, args, kwargs, dynamic_shapes=shapes, strict=False)
             exported = program.module(check_guards=False)
+        ranges = size_ranges(program)
     except Exception as error:  # the exporter raises errors of many families
         raise CaptureError(_explain(skeleton, mode, error)) from error
-    return clean(exported)
+    module = clean(exported)
+    for node in module.graph.find_nodes(op="placeholder"):
+        node.meta[RANGES] = ranges.get(node.name, {})
+    return module
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gpd_fx.errors import InputError
 from gpd_fx.fxtools.fake_tensors import fake_call
+from gpd_fx.fxtools.size_ranges import outside
 from gpd_fx.fxtools.torch_internals import flat_inputs, free_size, has_structure
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -81,6 +82,14 @@ def check_inputs(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[s
                 wanted = ", ".join("any" if n is None else str(n) for n in fixed)
                 raise InputError(
                     f"input {node.name!r} is {given}, the dynamic teacher was made for [{wanted}]; {remedy}"
+                )
+            wrong = outside(node, leaf)
+            if wrong is not None:
+                dim, (low, high) = wrong
+                sizes = f"at least {low}" if high is None else f"at most {high}" if low == 0 else f"{low} to {high}"
+                raise InputError(
+                    f"input {node.name!r} has the size {leaf.shape[dim]} along dimension {dim}; the model's code "
+                    f"decides by this size, and the dynamic teacher was captured for {sizes}; {remedy}"
                 )
         elif isinstance(captured, bool | int | float | str | None) and leaf != captured:
             raise InputError(

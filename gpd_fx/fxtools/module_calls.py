@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from gpd_fx.fxtools.torch_internals import forget_flat_weights, look_up_flat_weights
 
@@ -83,6 +84,25 @@ def unchanged(module: nn.Module) -> Generator[None]:
         for value, content in held:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def detached_copies(module: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` that lets a module be copied which keeps results of its last call.
+
+    `copy.deepcopy` refuses tensors that autograd made: an auxiliary loss that `forward` keeps, activations that a hook
+    collects, the weight that `torch.nn.utils.weight_norm` computes. Their copies are detached.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                for leaf in pytree.tree_leaves(value):
+                    if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                        memo[id(leaf)] = leaf.detach().clone()
+        for buffer in part.buffers(recurse=False):
+            if not buffer.is_leaf:
+                memo[id(buffer)] = buffer.detach().clone()
+    return memo
 
 
 _CONTAINERS = (list, set, dict, OrderedDict)

@@ -18,7 +18,7 @@ from gpd_fx.composition.two_layers import TOGETHER, ApartKeys, ApartSet
 from gpd_fx.errors import ArgumentError
 from gpd_fx.fxtools.attributes import graphs_of, put, with_graph
 from gpd_fx.fxtools.fake_tensors import shapes_of
-from gpd_fx.fxtools.module_calls import call_with, places_of, recurrent_layers
+from gpd_fx.fxtools.module_calls import call_with, detached_copies, places_of, recurrent_layers
 from gpd_fx.fxtools.name_patterns import some
 from gpd_fx.fxtools.regions import has_autocast, restored_autocast
 from gpd_fx.fxtools.torch_internals import copy_graph, enter_autocast
@@ -299,6 +299,7 @@ class DynamicTeacher(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicTeacher:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        memo |= detached_copies(self.skeleton)
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 

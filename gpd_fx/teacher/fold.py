@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gpd_fx.errors import FoldError
+from gpd_fx.fxtools.module_calls import detached_copies
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 
@@ -31,7 +32,7 @@ def fold(teacher: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             raise FoldError(f"cannot fold a {type(given).__name__}; pass what gpd_fx.expand or gpd_fx.load returned")
         teacher = inner
-    student = copy.deepcopy(teacher.skeleton)
+    student = copy.deepcopy(teacher.skeleton, detached_copies(teacher.skeleton))
     with torch.no_grad():
         tensors = teacher.composition.student()
     made = {n: nn.Parameter(t.detach().clone(), requires_grad=teacher.trainable[n]) for n, t in tensors.items()}

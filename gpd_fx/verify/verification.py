@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from gpd_fx.capture.capture import shallow_copy
 from gpd_fx.errors import VerificationError
-from gpd_fx.fxtools.module_calls import unchanged
+from gpd_fx.fxtools.module_calls import detached_copies, unchanged
 from gpd_fx.fxtools.torch_internals import (
     OpOverload,
     copy_graph,
@@ -248,7 +249,7 @@ class _Check:
 def _check_capture(capture: fx.GraphModule, draft: Draft, generator: torch.Generator, precision: Precision) -> float:
     """The module itself against its capture, in eval mode."""
     model = draft.study.model
-    module = copy.deepcopy(draft.study.skeleton, {id(p): p for p in model.parameters()}).eval()
+    module = shallow_copy(draft.study.skeleton).eval()
     if is_random(capture):
         return 0.0
     graph, _ = _prepared(capture, precision)
@@ -294,7 +295,7 @@ def check_teacher(teacher: DynamicTeacher, model: nn.Module) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     args, kwargs = random_like(teacher.example, generator, parameter.dtype)
-    source = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    source = shallow_copy(model).eval()
     was_training = teacher.training
     teacher.eval()
     with torch.no_grad(), unchanged(teacher.skeleton):
@@ -362,7 +363,7 @@ def verify(
     """
     args, kwargs = teacher.example if example_inputs is None else (tuple(example_inputs), {})
     inputs = random_like((args, kwargs), torch.Generator().manual_seed(0), dtype)
-    source = copy.deepcopy(model).to(dtype).eval()
+    source = copy.deepcopy(model, detached_copies(model)).to(dtype).eval()
     wide = copy.deepcopy(teacher).to(dtype).eval()
     graph = wide.graphs["eval_mode"]
     if dtype == torch.float64:
