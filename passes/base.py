@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import fx, nn
+from torch.export import ExportedProgram
 from torch.fx.passes.infra import pass_base
 
 from gpd_fx.errors import PassError
@@ -87,17 +88,22 @@ class Pass(ABC):
         """Raise `PassError` where the result is not what this pass promises."""
         module.graph.lint()
 
-    def __call__(self, module: fx.GraphModule) -> PassResult:
+    def __call__(self, module: nn.Module | ExportedProgram) -> PassResult:
         """Check the precondition, run, check the postcondition, and record the values of the result's nodes.
 
+        Args:
+            module: a `GraphModule`. `Normalize`, and a pipeline that begins with it, take other forms too.
+
         Raises:
-            PassError: the argument is no `fx.GraphModule`, a condition does not hold, or the pass broke what every pass
-                promises: it changed its argument, or the parameters of its result are not as its class declares.
+            PassError: the argument is not of a type that the pass takes, a condition does not hold, or the pass broke
+                what every pass promises: it changed its argument, or the parameters of its result are not as its class
+                declares.
         """
         self.admits(module)
-        before = Fingerprint(*self.sources(module))
-        self.requires(module)
-        result = self.run(module)
+        given: Any = module
+        before = Fingerprint(*self.sources(given))
+        self.requires(given)
+        result = self.run(given)
         if not isinstance(result, PassResult):  # pyright: ignore[reportUnnecessaryIsInstance]  users write passes
             raise PassError(f"{self.name}: run returned a {type(result).__name__}; return a PassResult")
         self.ensures(result.graph_module)

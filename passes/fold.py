@@ -54,7 +54,9 @@ class Fold(Pass):
             if isinstance(old, Tensor) and name not in made:
                 made[name] = _narrow(plan.tensors[name], fetch(module, target))
             put(root, target, made.get(name, old), like=old)
-        return PassResult(fx.GraphModule(root, graph), bool(plan.widening.copies))
+        folded = fx.GraphModule(root, graph)
+        folded.meta.update(source.meta)  # the plan of an earlier widening, by which to fold again
+        return PassResult(folded, bool(plan.widening.copies))
 
 
 def _narrow(plan: ParamPlan, wide: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ def seen(module: fx.GraphModule) -> str:
         return "saw no op at all"
     raised = raise_ops(copy_graph(module.graph)[0])
     if raised:
-        core = Counter({what.split()[0]: count for what, count in raised.items()})
+        core: Counter[str] = Counter()
+        for what, count in raised.items():
+            core[what.split()[0]] += count
         return f"saw {_listed(core)}, which are core ATen ops; run the pass Normalize first"
     names = (op_name(node.target) if node.op == "call_function" else f"{node.op} {node.target}" for node in nodes)
     counts = Counter(names)

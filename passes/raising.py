@@ -269,6 +269,9 @@ RAISINGS: dict[str, Raising] = {
     "aten.native_dropout.default": _dropout,
     "aten._adaptive_avg_pool2d.default": _same_args(aten.adaptive_avg_pool2d.default),
     "aten._adaptive_avg_pool3d.default": _same_args(aten.adaptive_avg_pool3d.default),
+    "aten.grid_sampler_2d.default": _same_args(aten.grid_sampler.default),
+    "aten.grid_sampler_3d.default": _same_args(aten.grid_sampler.default),
+    "aten._cdist_forward.default": _same_args(aten.cdist.default),
     "aten.max_pool2d_with_indices.default": _first_of(aten.max_pool2d.default),
     "aten.max_pool3d_with_indices.default": _first_of(aten.max_pool3d.default),
 }

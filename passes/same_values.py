@@ -15,9 +15,12 @@ from gpd_fx.errors import PassError
 from gpd_fx.fxtools.regions import restored_autocast
 from gpd_fx.numerics.comparison import CONDITIONING, nudged, relative_error
 from gpd_fx.numerics.precision import DOUBLE, deterministic
+from gpd_fx.passes.widen import EXACT
 
 TOLERANCE = 1e-9
 """The largest relative error of two outputs that are taken for the same."""
+_ROUNDING = 10.0
+"""An error may be this many times what rounding the parameters once does."""
 
 
 class Values:
@@ -42,30 +45,40 @@ class Values:
     def compare(self, before: nn.Module | ExportedProgram, after: fx.GraphModule) -> float:
         """The relative error between the outputs of two graphs.
 
-        Beyond the tolerance it is held against what one unit in the last place of the inputs does to the first graph.
+        Beyond the tolerance it is held against two measures of what rounding does to the first graph: a change of the
+        inputs by one unit in the last place, and a change of its parameters by half a unit in the last place of their
+        own dtype, since new parameters are rounded to it.
 
         Raises:
             PassError: the outputs differ, or a graph does not run.
         """
         if after is before:
             return 0.0
-        expected = self._run(before, self._inputs, "the graph before it")
+        name = "the graph before it"
+        expected = self._run(before, self._inputs, name)
         error = relative_error(expected, self._run(after, self._inputs, "its result"))
         if error > TOLERANCE:
-            moved = self._run(before, nudged(self._inputs, torch.float64), "the graph before it")
-            conditioning = relative_error(expected, moved)
-            if error > CONDITIONING * conditioning:
+            inputs = relative_error(expected, self._run(before, nudged(self._inputs, torch.float64), name))
+            parameters = relative_error(expected, self._run(before, self._inputs, name, rounded=True))
+            if error > max(CONDITIONING * inputs, _ROUNDING * parameters):
                 raise PassError(
                     f"it changed the values by {error:.1e} of the largest output in float64 (one unit in the last "
-                    f"place of the inputs changes them by {conditioning:.1e}); set `changes_function = True` in the "
-                    "class of a pass that is meant to"
+                    f"place of the inputs changes them by {inputs:.1e}, rounding the parameters by {parameters:.1e}); "
+                    "set `changes_function = True` in the class of a pass that is meant to"
                 )
         return error
 
-    def _run(self, given: nn.Module | ExportedProgram, inputs: Any, what: str) -> Any:
+    def _run(self, given: nn.Module | ExportedProgram, inputs: Any, what: str, *, rounded: bool = False) -> Any:
         module = copy.deepcopy(given.module() if isinstance(given, ExportedProgram) else given)
+        generator = torch.Generator().manual_seed(0)
         for tensor in (*module.parameters(), *module.buffers()):
+            unit = torch.finfo(tensor.dtype).eps / 2 if tensor.is_floating_point() else 0.0
             tensor.data = DOUBLE.exact(tensor.data)
+            if rounded and unit:
+                drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+                tensor.data *= 1 + unit * (2 * drawn - 1)
+        for name, exact in getattr(module, "meta", {}).get(EXACT, {}).items():  # before they were rounded
+            module.get_buffer(name).data = exact.to(module.get_buffer(name).device)
         if isinstance(module, fx.GraphModule):
             deterministic(module, DOUBLE)
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.utils import _pytree as pytree
@@ -57,7 +58,7 @@ def refresh_values(module: fx.GraphModule) -> bool:
         return False
     inputs = [node.meta[VALUE] for node in module.graph.find_nodes(op="placeholder")]
     mode = _mode_of(inputs)
-    with mode, torch.no_grad(), restored_autocast(), _without_side_effects(mode):
+    with mode, enable_python_dispatcher(), torch.no_grad(), restored_autocast(), _without_side_effects(mode):
         _Values(module, mode).run(*inputs, enable_io_processing=False)
     return True
 

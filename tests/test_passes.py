@@ -385,7 +385,7 @@ def test_widening_takes_captured_graphs_only() -> None:
     traced = fx.symbolic_trace(Traced())
     for step in (Widen(), Propagate()):
         message = (
-            rf"^{step.name}: node 'layer' \(call_module layer\) is not a captured ATen call; make the graph with gpd_fx"
+            rf"^{step.name}: node 'layer' \(call_module layer\) is not a captured ATen call; run the pass Normalize"
         )
         with pytest.raises(PassError, match=message):
             step(traced)

@@ -113,7 +113,7 @@ def check_captured(module: fx.GraphModule, who: str) -> None:
         if node.op in ("call_module", "call_method") or (node.op == "call_function" and "val" not in node.meta):
             raise PassError(
                 f"{who}: node {node.name!r} ({node.op} {node.target}) is not a captured ATen call; "
-                "make the graph with gpd_fx.capture(model, example_inputs)"
+                "run the pass Normalize first, or make the graph with gpd_fx.capture(model, example_inputs)"
             )
 
 
