@@ -8,7 +8,7 @@ gathered along its widened axes, times alpha where all its uses agree on it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from gpd_fx.fxtools.torch_internals import copy_graph
 from gpd_fx.passes.base import Pass, PassResult
 from gpd_fx.passes.fingerprint import Sharing
 from gpd_fx.passes.nothing_done import seen
-from gpd_fx.plan.analysis import analyse, check_captured
+from gpd_fx.plan.analysis import Analysis, analyse, check_captured
 from gpd_fx.plan.frozen_axes import frozen_notes
 from gpd_fx.plan.plan import Plan, make_plan
 from gpd_fx.plan.ratios import Ratio
@@ -52,9 +52,22 @@ class Widen(Pass):
     def requires(self, module: fx.GraphModule) -> None:
         check_captured(module, self.name)
 
+    def plan(self, analysis: Analysis, base: Plan | None = None) -> Plan:
+        """What this pass does to the graphs of an analysis, one or several that share their parameters.
+
+        Args:
+            analysis: the axes of all graphs.
+            base: a plan of the same analysis whose copies are copied further.
+
+        Raises:
+            ArgumentError: the options do not fit the model's parameters.
+        """
+        return make_plan(
+            analysis, self.ratio, exclude=self.exclude, seed=self.seed, equal_alpha=self.equal_alpha, base=base
+        )
+
     def run(self, module: fx.GraphModule) -> PassResult:
-        analysis = analyse({GRAPH: module})
-        plan = make_plan(analysis, self.ratio, exclude=self.exclude, seed=self.seed, equal_alpha=self.equal_alpha)
+        plan = self.plan(analyse({GRAPH: module}))
 
         def tensor(name: str, old: Tensor) -> Tensor:
             shaped = plan.tensors[name]
@@ -67,6 +80,15 @@ class Widen(Pass):
         if not plan.widening.copies:
             return PassResult(wide, False, (f"nothing was widened: {seen(module)}", *frozen_notes(plan)))
         return PassResult(wide, True, frozen_notes(plan))
+
+
+def plan_steps(analysis: Analysis, steps: Sequence[Widen]) -> Plan:
+    """The plan of several widenings of the same graphs, each of which stands on the one before."""
+    plan: Plan | None = None
+    for step in steps:
+        plan = step.plan(analysis, plan)
+    assert plan is not None, "there is no step"
+    return plan
 
 
 def widen_graph(plan: Plan, key: str, tensor: Callable[[str, Tensor], Tensor | None]) -> fx.GraphModule:

@@ -15,11 +15,11 @@ from gpd_fx.capture.capture import capture_skeleton, shallow_copy, try_call
 from gpd_fx.capture.example_inputs import prepare
 from gpd_fx.composition.composition import Tree, grow
 from gpd_fx.errors import ArgumentError, InputError
-from gpd_fx.passes.widen import widen_graph
+from gpd_fx.passes.widen import Widen, plan_steps, widen_graph
 from gpd_fx.plan.analysis import Analysis, analyse, names_of
 from gpd_fx.plan.costs import network_flops
 from gpd_fx.plan.frozen_axes import covered, frozen_axes
-from gpd_fx.plan.plan import Plan, make_plan
+from gpd_fx.plan.plan import Plan
 from gpd_fx.plan.ratios import Ratio
 from gpd_fx.report.expansion_report import ExpansionReport, channel_groups
 from gpd_fx.report.graph_picture import trace
@@ -106,10 +106,8 @@ def make_draft(
         return None if name in study.analysis.canonical else plan.tensors[name].widen(old)
 
     with torch.device("cpu"):  # whatever the caller's default is, plans lie on the CPU
-        base: Plan | None = None
-        for first, its_seed in grown:
-            base = make_plan(study.analysis, first, exclude=exclude, seed=its_seed, base=base)
-        plan = make_plan(study.analysis, ratio, exclude=exclude, seed=seed, equal_alpha=equal_alpha, base=base)
+        before = [Widen(first, tuple(exclude), its_seed) for first, its_seed in grown]
+        plan = plan_steps(study.analysis, [*before, Widen(ratio, tuple(exclude), seed, equal_alpha)])
         graphs = {mode: widen_graph(plan, mode, constant) for mode in MODES}
     return Draft(study, ratio, tuple(exclude), seed, plan, graphs, tuple(grown))
 
