@@ -87,7 +87,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, example_inputs: Sequenc
     _compare(description["student"], signature, f"{str(source)!r} was saved from another model: {description['model']}")
     args, kwargs = _examples(description["example"], model, example_inputs, source)
     recipe = description["recipe"]
-    teacher = make_teacher(draft_by(recipe, study_model(model, args, kwargs)), recipe["branches"], verify=False)
+    study = study_model(model, args, kwargs, recipe.get("frozen", ()))
+    teacher = make_teacher(draft_by(recipe, study), recipe["branches"], verify=False)
     if plan_digest(teacher.composition.plans) != description["plan"]:
         here = f"gpd_fx {__version__}, torch {torch.__version__}"
         raise CheckpointError(

@@ -98,6 +98,7 @@ def make_teacher(
         "branches": branches if branches is None or isinstance(branches, str) else list(branches),
         "exclude": list(draft.exclude),
         "seed": draft.seed,
+        "frozen": list(study.frozen),
         "grown": [[plain_ratio(ratio), seed] for ratio, seed in draft.grown],
     }
     teacher = DynamicTeacher(

@@ -80,7 +80,8 @@ def grow(
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     recipe = teacher.recipe
-    study = study_model(fold(teacher), *pytree.tree_map_only(Tensor, move, teacher.example))
+    example = pytree.tree_map_only(Tensor, move, teacher.example)
+    study = study_model(fold(teacher), *example, frozen=teacher.frozen)
     steps = [*((first, its_seed) for first, its_seed in recipe["grown"]), (recipe["ratio"], recipe["seed"])]
     draft = make_draft(study, ratio, recipe["exclude"], recipe["seed"] if seed is None else seed, grown=steps)
     base = draft.plan.base

@@ -27,6 +27,7 @@ from gpd_fx.errors import CaptureError, InputError
 from gpd_fx.fxtools.attributes import graphs_of
 from gpd_fx.fxtools.fake_tensors import fake_call
 from gpd_fx.fxtools.module_calls import detached_copies, unchanged
+from gpd_fx.fxtools.module_modes import frozen_parts, set_mode
 from gpd_fx.fxtools.regions import inline_regions
 from gpd_fx.fxtools.size_ranges import RANGES, size_ranges
 
@@ -73,12 +74,14 @@ def capture(
     args, kwargs = prepare(model, example_inputs, example_kwargs)
     skeleton = shallow_copy(model)
     try_call(skeleton, args, kwargs)
-    return capture_skeleton(skeleton, args, kwargs, mode)
+    return capture_skeleton(skeleton, args, kwargs, mode, frozen_parts(model))
 
 
-def capture_skeleton(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode) -> fx.GraphModule:
-    """As `capture`, for a module whose mode may be set."""
-    skeleton.train(mode == "train")
+def capture_skeleton(
+    skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode, frozen: Sequence[str] = ()
+) -> fx.GraphModule:
+    """As `capture`, for a module whose mode may be set; submodules at the paths `frozen` stay in eval mode."""
+    set_mode(skeleton, mode == "train", frozen)
     args, kwargs = pytree.tree_map_only(Tensor, _at_least_two, (args, kwargs))
     shapes = torch.export.ShapesCollection()
     for leaf in pytree.tree_leaves((args, kwargs)):

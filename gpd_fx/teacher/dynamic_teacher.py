@@ -19,6 +19,7 @@ from gpd_fx.errors import ArgumentError
 from gpd_fx.fxtools.attributes import graphs_of, put, with_graph
 from gpd_fx.fxtools.fake_tensors import shapes_of
 from gpd_fx.fxtools.module_calls import call_with, detached_copies, places_of, recurrent_layers
+from gpd_fx.fxtools.module_modes import set_mode
 from gpd_fx.fxtools.name_patterns import some
 from gpd_fx.fxtools.regions import has_autocast, restored_autocast
 from gpd_fx.fxtools.torch_internals import copy_graph, enter_autocast
@@ -88,6 +89,21 @@ class DynamicTeacher(nn.Module):
         self._feeds = {key: {t: aliases[t] for t in sorted(feeds[key]) if t in aliases} for key in feeds}
         self._fuses = False
         self._plain_graphs = {key: copy_graph(graph.graph)[0] for key, graph in graphs.items()}
+        self._modes: dict[str, list[tuple[nn.Module, bool]]] = {}  # the parts of the skeleton, as they were captured
+        for key in graphs:
+            set_mode(skeleton, key == "train", self.frozen)
+            self._modes[key] = [(part, part.training) for part in skeleton.modules()]
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The submodules that stay in eval mode while the networks train, as they did in the given model."""
+        return tuple(self.recipe["frozen"])
+
+    def train(self, mode: bool = True) -> DynamicTeacher:
+        """Set the mode of both networks; submodules in `frozen` stay in eval mode."""
+        super().train(mode)
+        set_mode(self.skeleton, mode, self.frozen)
+        return self
 
     def forward(self, *args: Any, role: Role = "teacher", **kwargs: Any) -> Any:
         """Run one network or both on the same inputs, which are those of the student.
@@ -128,6 +144,7 @@ class DynamicTeacher(nn.Module):
         """
         key = "train" if self.training else "eval"
         graph = self.graphs[f"{key}_mode"]
+        self._check_parts()
         if not torch.compiler.is_compiling():  # what is compiled has its own guards
             assert isinstance(graph, fx.GraphModule)
             check_inputs(graph, args, kwargs)
@@ -143,8 +160,29 @@ class DynamicTeacher(nn.Module):
 
     def run_student(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the student's module with composed tensors, by canonical name."""
+        self._check_parts()
         state = {place: tensors[name] for place, name in self._places.items() if name in tensors}
         return call_with(self.skeleton, state, args, kwargs, self._recurrent)
+
+    def _check_parts(self) -> None:
+        """Refuse a skeleton whose parts are others, or in other modes, than the wide graphs were captured with."""
+        if torch.compiler.is_compiling():  # what is compiled has its own guards
+            return
+        captured = self._modes["train" if self.training else "eval"]
+        now = list(self.skeleton.named_modules())
+        if len(now) != len(captured) or any(part is not old for (_, part), (old, _) in zip(now, captured, strict=True)):
+            raise ArgumentError(
+                "modules of the student were added, removed or replaced after expand, which the wide graphs cannot "
+                "follow; change the model first, then expand it"
+            )
+        for (path, part), (_, was) in zip(now, captured, strict=True):
+            if part.training != was:
+                mode, other = ("train", "eval") if part.training else ("eval", "train")
+                raise ArgumentError(
+                    f"submodule {path!r} is in {mode} mode, the wide graphs were captured with it in {other} mode, and "
+                    "only the student would follow; set the modes of parts before expand (model.train(), then "
+                    "part.eval()), and switch the teacher as a whole by teacher.train() and teacher.eval()"
+                )
 
     def as_graph(self, mode: Literal["train", "eval"] = "eval") -> fx.GraphModule:
         """The teacher alone, as one captured graph that passes can take: its weights come from a `composition`.

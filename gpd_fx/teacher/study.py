@@ -15,6 +15,7 @@ from gpd_fx.capture.capture import capture_skeleton, shallow_copy, try_call
 from gpd_fx.capture.example_inputs import prepare
 from gpd_fx.composition.composition import Tree, grow
 from gpd_fx.errors import ArgumentError, InputError
+from gpd_fx.fxtools.module_modes import frozen_parts
 from gpd_fx.passes.widen import Widen, plan_steps, widen_graph
 from gpd_fx.plan.analysis import Analysis, analyse, names_of
 from gpd_fx.plan.costs import network_flops
@@ -44,6 +45,7 @@ class Study:
     analysis: Analysis
     aliases: dict[str, str]
     parameters: dict[str, nn.Parameter]  # the student's, by canonical name, used by a graph or not
+    frozen: tuple[str, ...] = ()  # submodules that stay in eval mode while the model trains
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ def study_model(
     model: nn.Module,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    frozen: Sequence[str] | None = None,
 ) -> Study:
-    """Check a model and its inputs, capture both modes, and analyse their axes."""
+    """Check a model and its inputs, capture both modes, and analyse their axes.
+
+    `frozen` are the submodules that stay in eval mode while the model trains: those that do now, where not given.
+    """
     if isinstance(model, DynamicTeacher):
         raise ArgumentError("the model is a dynamic teacher already; fold it first, or expand the student")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
@@ -80,12 +86,13 @@ def study_model(
     _check_values(model)
     args, kwargs = prepare(model, example_inputs, example_kwargs)
     skeleton = shallow_copy(model)
+    frozen = frozen_parts(model) if frozen is None else tuple(frozen)
     try_call(skeleton, args, kwargs)
-    captures = {mode: capture_skeleton(skeleton, args, kwargs, mode) for mode in MODES}
+    captures = {mode: capture_skeleton(skeleton, args, kwargs, mode, frozen) for mode in MODES}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     aliases = names_of(named)
     analysis = analyse(captures, aliases)
-    return Study(model, skeleton, args, kwargs, captures, analysis, aliases, dict(model.named_parameters()))
+    return Study(model, skeleton, args, kwargs, captures, analysis, aliases, dict(model.named_parameters()), frozen)
 
 
 def make_draft(
