@@ -74,6 +74,7 @@ class RandomNet(nn.Module):
         self.parts = nn.ModuleList(b.parts)
         self.wiring = b.wiring
         self.leaves = leaves
+        self.train()  # the builder tries each part in eval mode
 
     def forward(self, *inputs: Tensor) -> Any:
         values = list(inputs)

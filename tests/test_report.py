@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import gpd_fx
 from gpd_fx.fxtools.name_patterns import pattern, span
 from gpd_fx.plan.frozen_axes import FrozenAxis
-from gpd_fx.report.expansion_report import ChannelGroup
+from gpd_fx.report.report_data import ChannelGroup
 
 
 class Layer(nn.Module):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from gpd_fx.fxtools.name_patterns import pattern, some, span
-
-if TYPE_CHECKING:
-    from gpd_fx.report.expansion_report import Block, ExpansionReport
+from gpd_fx.report.report_data import Block, ReportData
 
 T = TypeVar("T")
 _NOTES = 2  # of one kind that are written out
@@ -27,7 +25,7 @@ class _Line:
     names: str
 
 
-def text(report: ExpansionReport) -> str:
+def text(report: ReportData) -> str:
     """The report for a terminal."""
     teacher = report.teacher_parameters + report.branch_parameters
     lines = [
@@ -64,7 +62,7 @@ def text(report: ExpansionReport) -> str:
     return "\n".join([*lines, *(f"\nnote: {note}" for note in _notes(report))])
 
 
-def markdown(report: ExpansionReport) -> str:
+def markdown(report: ReportData) -> str:
     """The report as a Markdown page."""
     teacher = report.teacher_parameters + report.branch_parameters
     counts = [
@@ -130,11 +128,11 @@ def _code(words: str) -> str:
     return f"{fence} {inner} {fence}" if len(fence) > 1 else f"`{inner}`"
 
 
-def _verified(report: ExpansionReport) -> str:
+def _verified(report: ReportData) -> str:
     return "not run" if report.max_error is None else f"max relative error {report.max_error:.1e}"
 
 
-def _widened(report: ExpansionReport, blocks: Sequence[Block]) -> str:
+def _widened(report: ReportData, blocks: Sequence[Block]) -> str:
     groups, places = len(report.groups), len(blocks)
     return f"{groups} widened channel group{'s' * (groups != 1)} in {places} block{'s' * (places != 1)}"
 
@@ -160,7 +158,7 @@ def _entries(blocks: Sequence[Block]) -> list[tuple[str, str, list[_Line]]]:
     return found
 
 
-def _frozen(report: ExpansionReport) -> list[tuple[int, str, str, str]]:
+def _frozen(report: ReportData) -> list[tuple[int, str, str, str]]:
     """Cost, op and node, reason, and channels of what stays, the same ops and reasons together."""
     found: list[tuple[int, str, str, str]] = []
     for alike in _alike(report.frozen, lambda entry: (entry.op, re.sub(r"\d+", "*", entry.reason))):
@@ -171,7 +169,7 @@ def _frozen(report: ExpansionReport) -> list[tuple[int, str, str, str]]:
     return found
 
 
-def _skipped(report: ExpansionReport) -> list[tuple[str, str, str]]:
+def _skipped(report: ReportData) -> list[tuple[str, str, str]]:
     """Kind, reason and parameters of branches that do not fit."""
     left_out: dict[tuple[str, str], list[str]] = {}
     for name, kinds in report.skipped.items():
@@ -180,7 +178,7 @@ def _skipped(report: ExpansionReport) -> list[tuple[str, str, str]]:
     return [(kind, reason, some(names)) for (kind, reason), names in left_out.items()]
 
 
-def _notes(report: ExpansionReport) -> list[str]:
+def _notes(report: ReportData) -> list[str]:
     """The notes, a few of each kind."""
     found: list[str] = []
     for alike in _alike(report.notes, lambda note: re.sub(r"\d+", "*", note)):

@@ -22,8 +22,9 @@ from gpd_fx.plan.costs import network_flops
 from gpd_fx.plan.frozen_axes import covered, frozen_axes
 from gpd_fx.plan.plan import Plan
 from gpd_fx.plan.ratios import Ratio
-from gpd_fx.report.expansion_report import ExpansionReport, channel_groups
+from gpd_fx.report.expansion_report import ExpansionReport
 from gpd_fx.report.graph_picture import trace
+from gpd_fx.report.report_data import channel_groups
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher
 
 MODES = ("eval", "train")

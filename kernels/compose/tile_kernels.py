@@ -1,8 +1,7 @@
 """Triton kernels that compose the kernels of all layers in one launch, and differentiate them in one or two more.
 
-A program takes one task: a tile of one layer. Every tensor is found through a table of addresses, so no tensor has to
-be copied to lie beside the others, and every element of a result is written by one program: no atomics, the same bits
-each time. All arithmetic is in float32.
+A program takes one task, a tile of one layer. Tensors are found through a table of addresses, not copied together. Each
+element of a result is written by one program: no atomics, the same bits each time. All arithmetic is in float32.
 
     kind 0  a tile of M, for both networks; or, of the gradients, all that sum over taps or inputs but dK
     kind 1  dK of a product
