@@ -15,6 +15,7 @@ import torch
 import typer
 
 from gpd_fx.io.files import write_text
+from gpd_fx.rules.entry import Entry
 from gpd_fx.rules.index import pointwise
 from gpd_fx.rules.notation import Einsum
 from gpd_fx.rules.site import Rule
@@ -61,9 +62,8 @@ def find_rule(op: str) -> Rule | None:
     """The rule of an op by its full name, such as `aten.conv2d.default`."""
     namespace, packet, overload = op.split(".")
     target = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    if target is not None:
-        return rule_of(target)
-    return RULES.get(f"{packet}.{overload}")  # of another version of torch
+    rule = RULES.get(f"{packet}.{overload}") if target is None else rule_of(target)  # of another version of torch
+    return rule.rule if isinstance(rule, Entry) else rule
 
 
 def kind(op: str) -> str:

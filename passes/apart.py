@@ -22,19 +22,10 @@ from gpd_fx.fxtools.attributes import has, with_graph
 from gpd_fx.fxtools.node_arguments import bind
 from gpd_fx.fxtools.torch_internals import copy_graph
 from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.rules.table import entry_of
 from gpd_fx.rules.weights import weight_layout
 
 aten = torch.ops.aten
-_PLAIN: dict[Any, Any] = {
-    op: plain
-    for ops, plain in (
-        ((aten.conv1d.default, aten.conv1d.padding), aten.conv1d.default),
-        ((aten.conv2d.default, aten.conv2d.padding), aten.conv2d.default),
-        ((aten.conv3d.default, aten.conv3d.padding), aten.conv3d.default),
-    )
-    for op in ops
-}
-"""The form of each conv that takes its padding as numbers; without them it has none, and stride 1."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +115,9 @@ def _add(graph: fx.Graph, node: fx.Node, products: Sequence[Beside]) -> None:
     for product in products:
         point, kernel, scale = (then(graph.get_attr, path) for path in product.paths)
         first = second = (node.target, {})
-        if node.target in _PLAIN:
-            plain = (_PLAIN[node.target], {"groups": given["groups"]})
+        entry = entry_of(node.target)
+        if entry is not None and entry.kernel is not None and entry.kernel.numeric is not None:
+            plain = (entry.kernel.numeric, {"groups": given["groups"]})  # without padding, and of stride 1
             whole = (node.target, {name: given[name] for name in ("stride", "padding", "dilation", "groups")})
             first, second = (whole, plain) if product.taps == 1 else (plain, whole)
         hidden = then(graph.call_function, first[0], (given["input"], point), first[1])

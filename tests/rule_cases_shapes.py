@@ -196,6 +196,7 @@ ELEMENTWISE: list[Case] = [
     case("alias.default", "ab -> ab", A(2, 3)),
     case("bernoulli.p", "ab -> ab", A(2, 3), 1.0),
     case("bernoulli_.float", "ab -> ab", A(2, 3), 1.0),
+    case("rrelu.default", "ab -> ab", A(2, 3)),
     case("clone.default", "ab -> ab", A(2, 3)),
     case("contiguous.default", "ab -> ab", A(2, 3)),
     case("copy.default", "ab, b -> ab", A(2, 3), A(3)),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -10,10 +14,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpd_fx
+from bench.zoo.check import randomise, switch_off_randomness
+from bench.zoo.handwritten import MODELS
+from gpd_fx.axes.expressions import Expr
+from gpd_fx.axes.widening import Widening
 from gpd_fx.passes.widen import GRAPH
-from gpd_fx.plan.analysis import analyse
-from gpd_fx.plan.costs import network_flops
+from gpd_fx.plan.analysis import PRIMES, analyse
+from gpd_fx.plan.costs import contractions, network_flops
 from gpd_fx.plan.plan import make_plan
+from gpd_fx.teacher.study import make_draft, study_model
 
 
 class Convs(nn.Module):
@@ -47,24 +56,53 @@ class Attention(nn.Module):
         return self.out((a + b + c).transpose(1, 2).flatten(2))
 
 
-CASES = [(Convs(), (2, 3, 17, 13)), (Attention(), (2, 7, 10))]
+class Recurrent(nn.Module):
+    """Two layers in both directions, with a projection, and one of each other kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, num_layers=2, bidirectional=True, proj_size=4, batch_first=True)
+        self.gru, self.rnn = nn.GRU(8, 7, batch_first=True), nn.RNN(7, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.gru(self.lstm(x)[0])[0])[0]
 
 
-def counted(graph: fx.GraphModule, image: Tensor) -> int:
+CASES = [(Convs(), (2, 3, 17, 13)), (Attention(), (2, 7, 10)), (Recurrent(), (2, 9, 5))]
+
+
+def counted(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> int:
+    """What torch counts in one call."""
     # older counters do not know the fused attention of the CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        graph(image)
-    return counter.get_total_flops() // len(image)
+        graph(*args, **kwargs)
+    return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("model", "shape"), CASES, ids=["convs", "attention"])
+def ours(work: Sequence[Sequence[Expr]], widening: Widening, batch: int) -> int:
+    """The same from axes; what does not depend on the batch is computed once a call."""
+    whole = [2 * prod(map(widening.size, axes)) for axes in work]
+    return sum(n // PRIMES[0] * batch if n % PRIMES[0] == 0 else n for n in whole)
+
+
+@pytest.mark.parametrize(("model", "shape"), CASES, ids=["convs", "attention", "recurrent"])
 @pytest.mark.parametrize("ratio", [2.0, 1.5])
 def test_flops_are_those_that_torch_counts(model: nn.Module, shape: tuple[int, ...], ratio: float) -> None:
     image = torch.randn(shape)
     graph = gpd_fx.capture(model.eval(), (image,))
     plan = make_plan(analyse({GRAPH: graph}), ratio)
     wide = gpd_fx.passes.Widen(ratio)(graph).graph_module
-    assert network_flops(plan) == (counted(graph, image), counted(wide, image))
+    assert network_flops(plan) == (counted(graph, image) // 2, counted(wide, image) // 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_of_whole_models_are_those_that_torch_counts(name: str) -> None:
+    model = switch_off_randomness(randomise(MODELS[name].build().double())).eval()
+    args, kwargs = MODELS[name].inputs()
+    draft = make_draft(study_model(model, args, kwargs), 2.0)
+    facts = draft.plan.analysis.graphs["eval"]
+    work = contractions(draft.plan, facts)
+    assert ours(work, Widening(draft.plan.analysis.solver, {}), 2) == counted(facts.module, *args, **kwargs)
 
 
 def test_a_group_costs_what_holding_it_back_saves() -> None:

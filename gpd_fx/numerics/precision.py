@@ -13,11 +13,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gpd_fx.fxtools.attributes import graphs_of
-from gpd_fx.fxtools.node_arguments import bind, op_name, set_arg
+from gpd_fx.fxtools.node_arguments import op_name
 from gpd_fx.fxtools.torch_internals import OpOverload, enter_autocast
+from gpd_fx.rules.entry import Randomness
+from gpd_fx.rules.table import entry_of
 
-aten = torch.ops.aten
-_SHARES = ("dropout_p", "dropout")  # arguments of attention and of recurrent layers
 COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
@@ -65,32 +65,16 @@ def deterministic(graph: fx.GraphModule, precision: Precision = DOUBLE) -> str |
     stubborn: str | None = None
     modules = graphs_of(graph)
     for node in [node for module in modules for node in module.graph.nodes if node.op == "call_function"]:
-        name = op_name(node.target)
         if node.target is enter_autocast:  # device, dtype, enabled, ...
             node.args = (*node.args[:2], False, *node.args[3:])
             continue
         node.args = pytree.tree_map(cast, node.args)
         node.kwargs = pytree.tree_map(cast, dict(node.kwargs))
-        if name.startswith(
-            (
-                "aten.dropout",
-                "aten.native_dropout",
-                "aten.feature_dropout",
-                "aten.alpha_dropout",
-                "aten.feature_alpha_dropout",
-            )
-        ):
-            node.args = (node.args[0], 0.0, False)
-        elif name.startswith("aten.bernoulli_"):
-            node.target, node.args, node.kwargs = aten.fill_.Scalar, (node.args[0], 1.0), {}
-        elif name == "aten.bernoulli.p":
-            node.target, node.args, node.kwargs = aten.full_like.default, (node.args[0], 1.0), {}
-        elif name.startswith("aten.rrelu"):
-            node.args, node.kwargs = tuple((bind(node) | {"training": False}).values()), {}
-        elif name.startswith("aten.") and (share := next((a for a in _SHARES if a in bind(node)), None)):
-            set_arg(node, share, 0.0)
+        random = _randomness(node)
+        if random is not None:
+            random.switch_off(node)
         elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-            stubborn = name
+            stubborn = op_name(node.target)
     for module in modules:
         module.recompile()
     return stubborn
@@ -99,10 +83,15 @@ def deterministic(graph: fx.GraphModule, precision: Precision = DOUBLE) -> str |
 def is_random(graph: fx.GraphModule) -> bool:
     """Whether two runs of a graph on the same inputs may differ."""
     for node in [node for module in graphs_of(graph) for node in module.graph.nodes]:
-        random = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        if random or op_name(node.target).startswith("aten.rrelu"):
-            args = bind(node)
-            share = args.get("p", args.get("dropout_p", args.get("dropout")))
-            if not (share == 0 or False in (args.get("train"), args.get("training"))):
-                return True
+        random = _randomness(node)
+        if random is not None and not random.is_off(node):
+            return True
+        tags = node.target.tags if isinstance(node.target, OpOverload) else ()
+        if random is None and torch.Tag.nondeterministic_seeded in tags:
+            return True
     return False
+
+
+def _randomness(node: fx.Node) -> Randomness | None:
+    entry = entry_of(node.target) if node.op == "call_function" else None
+    return None if entry is None else entry.random

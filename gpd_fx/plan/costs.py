@@ -1,8 +1,9 @@
 """What each channel group costs: parameters and FLOPs that widening it alone adds to the dynamic teacher.
 
-A contraction's FLOPs are twice the product of the sizes of its result and of its contracted axes. Both are axis
-expressions, so the cost under any choice of widened atoms is arithmetic on sizes. A group's cost is the whole minus
-what it would be if that group stayed as it is, so costs of groups that meet in a layer add up to more than the whole.
+A contraction's FLOPs are twice the product of the sizes of its result and of its contracted axes, which the op's entry
+in the table of rules names. They are axis expressions, so the cost under any choice of widened atoms is arithmetic on
+sizes. A group's cost is the whole minus what it would be if that group stayed as it is, so costs of groups that meet in
+a layer add up to more than the whole.
 """
 
 from __future__ import annotations
@@ -19,49 +20,25 @@ from gpd_fx.axes.expressions import (
     size,
 )
 from gpd_fx.axes.widening import Widening
-from gpd_fx.fxtools.node_arguments import bind, op_name
 from gpd_fx.plan.analysis import PRIMES, Facts
 from gpd_fx.plan.plan import Plan
-from gpd_fx.rules.weights import weight_layout
+from gpd_fx.rules.entry import Operands
+from gpd_fx.rules.table import entry_of
 
 
 def contractions(plan: Plan, facts: Facts) -> list[tuple[Expr, ...]]:
-    """For each contraction of a graph, the axes whose sizes multiply to its multiply-adds."""
+    """For each product that a graph computes, the axes whose sizes multiply to its multiply-adds."""
+
+    def axes(operand: object) -> list[Expr]:
+        value = facts.values.get(operand) if isinstance(operand, fx.Node) else None
+        return [plan.analysis.solver.resolve(axis) for axis in value] if isinstance(value, list) else []
+
     found: list[tuple[Expr, ...]] = []
     for node in facts.module.graph.nodes:
-        axes = _contraction(facts, node)
-        if axes is not None:
-            found.append(tuple(plan.analysis.solver.resolve(axis) for axis in axes))
+        entry = entry_of(node.target) if node.op == "call_function" else None
+        if entry is not None and entry.work is not None:
+            found += map(tuple, entry.work(Operands(node, axes(node), axes)))
     return found
-
-
-def _contraction(facts: Facts, node: fx.Node) -> Sequence[Expr] | None:
-    def axes(operand: object) -> list[Expr]:
-        value = facts.values.get(operand) if isinstance(operand, fx.Node) else None  # pyright: ignore[reportArgumentType]  a node
-        return value if isinstance(value, list) else []
-
-    weight = weight_layout(node)
-    if weight is not None:
-        around = node.args[0] if weight[1].transposed else node
-        return [*axes(around), *axes(weight[0])[1:]]
-    name = op_name(node.target)
-    if name in ("aten.matmul.default", "aten.bmm.default", "aten.mm.default"):
-        return [*axes(node), *axes(node.args[0])[-1:]]
-    if name in ("aten.addmm.default", "aten.baddbmm.default"):
-        return [*axes(node), *axes(node.args[1])[-1:]]
-    if name == "aten.einsum.default":
-        equation, operands = bind(node)["equation"].replace(" ", ""), bind(node)["tensors"]
-        terms = equation.partition("->")[0].split(",")
-        if "." in equation:
-            return None
-        return list(
-            {k: e for t, x in zip(terms, operands, strict=True) for k, e in zip(t, axes(x), strict=True)}.values()
-        )
-    if name == "aten.scaled_dot_product_attention.default":
-        args = bind(node)
-        keys = axes(args["key"])[-2:-1]
-        return [*axes(args["query"]), *keys, (2,)]  # both products; heads of values are as wide as those of keys
-    return None
 
 
 def network_flops(plan: Plan) -> tuple[int, int]:

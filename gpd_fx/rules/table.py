@@ -1,7 +1,9 @@
-"""The op table: how each ATen overload treats axes. A new op is one line here.
+"""The op table: how each ATen overload treats axes, and what else follows from the op. A new op is one line here.
 
 `RULES` maps an overload, named as in `aten.<name>`, to a rule: a line of the notation, or one of the few generic
-functions. Ops that `torch.Tag.pointwise` marks need no line. An op without a rule freezes what it touches.
+functions. An `Entry` adds to the rule which argument is a layer's kernel, what the op contracts, and how it is kept
+from drawing random numbers. Ops that `torch.Tag.pointwise` marks need no line. An op without a rule freezes what it
+touches.
 """
 
 from __future__ import annotations
@@ -20,52 +22,70 @@ from gpd_fx.rules import (
     norm,
     reduce,
     shape,
+    work,
 )
 from gpd_fx.rules.convolution import convolution
+from gpd_fx.rules.entry import Entry, Kernel, Randomness
 from gpd_fx.rules.index import pointwise
 from gpd_fx.rules.notation import Einsum
 from gpd_fx.rules.recurrent import recurrent
 from gpd_fx.rules.site import Rule
 
+aten = torch.ops.aten
 _MATMUL = "* m k, * k n -> * m n | k, k -> | * m k, k -> * m | k, * k n -> * n"
 _SPATIAL1 = Einsum("* _ -> * _")
 _SPATIAL2 = Einsum("* _ _ -> * _ _")
 _SPATIAL3 = Einsum("* _ _ _ -> * _ _ _")
 
 
+def _conv(dims: int, numeric: OpOverload) -> Entry:
+    return Entry(convolution(dims), Kernel(groups="groups", numeric=numeric), work.convolution)
+
+
+def _transposed(dims: int) -> Entry:
+    kernel = Kernel(transposed=True, groups="groups")
+    return Entry(convolution(dims, transposed=True), kernel, work.transposed_convolution)
+
+
+def _recurrent(gates: int) -> Entry:
+    return Entry(recurrent(gates), work=work.recurrent, random=Randomness({"dropout": 0.0}))
+
+
 RULES: dict[str, Rule] = {
     # contractions
-    "conv1d.default": convolution(1),
-    "conv2d.default": convolution(2),
-    "conv3d.default": convolution(3),
-    "conv1d.padding": convolution(1),
-    "conv2d.padding": convolution(2),
-    "conv3d.padding": convolution(3),
-    "conv_transpose1d.default": convolution(1, transposed=True),
-    "conv_transpose2d.input": convolution(2, transposed=True),
-    "conv_transpose3d.input": convolution(3, transposed=True),
-    "linear.default": Einsum("* i, o i, o -> * o"),
-    "matmul.default": Einsum(_MATMUL),
-    "mm.default": Einsum("m k, k n -> m n"),
-    "bmm.default": Einsum("b m k, b k n -> b m n"),
+    "conv1d.default": _conv(1, aten.conv1d.default),
+    "conv2d.default": _conv(2, aten.conv2d.default),
+    "conv3d.default": _conv(3, aten.conv3d.default),
+    "conv1d.padding": _conv(1, aten.conv1d.default),
+    "conv2d.padding": _conv(2, aten.conv2d.default),
+    "conv3d.padding": _conv(3, aten.conv3d.default),
+    "conv_transpose1d.default": _transposed(1),
+    "conv_transpose2d.input": _transposed(2),
+    "conv_transpose3d.input": _transposed(3),
+    "linear.default": Entry(Einsum("* i, o i, o -> * o"), Kernel(), work.contracted("input")),
+    "matmul.default": Entry(Einsum(_MATMUL), work=work.matmul),
+    "mm.default": Entry(Einsum("m k, k n -> m n"), work=work.contracted("self")),
+    "bmm.default": Entry(Einsum("b m k, b k n -> b m n"), work=work.contracted("self")),
     "mv.default": Einsum("m k, k -> m"),
     "dot.default": Einsum("k, k ->"),
     "vdot.default": Einsum("k, k ->"),
     "outer.default": Einsum("m, n -> m n"),
     "ger.default": Einsum("m, n -> m n"),
-    "addmm.default": Einsum("m n, m k, k n -> m n | n, m k, k n -> m n"),
+    "addmm.default": Entry(Einsum("m n, m k, k n -> m n | n, m k, k n -> m n"), work=work.contracted("mat1")),
     "addmv.default": Einsum("m, m k, k -> m"),
-    "baddbmm.default": Einsum("b m n, b m k, b k n -> b m n"),
+    "baddbmm.default": Entry(Einsum("b m n, b m k, b k n -> b m n"), work=work.contracted("batch1")),
     "bilinear.default": Einsum("* i, * j, o i j, o -> * o"),
-    "einsum.default": attention.einsum,
-    "inner.default": attention.inner,
-    "tensordot.default": attention.tensordot,
+    "einsum.default": Entry(attention.einsum, work=work.einsum),
+    "inner.default": Entry(attention.inner, work=work.contracted("self")),
+    "tensordot.default": Entry(attention.tensordot, work=work.tensordot),
     "kron.default": shape.kron,
-    "scaled_dot_product_attention.default": attention.scaled_dot_product,
-    "lstm.input": recurrent(gates=4),
-    "gru.input": recurrent(gates=3),
-    "rnn_tanh.input": recurrent(gates=1),
-    "rnn_relu.input": recurrent(gates=1),
+    "scaled_dot_product_attention.default": Entry(
+        attention.scaled_dot_product, work=work.attention, random=Randomness({"dropout_p": 0.0})
+    ),
+    "lstm.input": _recurrent(4),
+    "gru.input": _recurrent(3),
+    "rnn_tanh.input": _recurrent(1),
+    "rnn_relu.input": _recurrent(1),
     # normalisation
     "batch_norm.default": norm.batch_norm,
     "instance_norm.default": norm.instance_norm,
@@ -264,16 +284,10 @@ RULES: dict[str, Rule] = {
             "_conj.default",
             "_to_copy.default",
             "alias.default",
-            "alpha_dropout.default",
-            "bernoulli.p",
-            "bernoulli_.float",
             "complex.default",
             "contiguous.default",
             "copy.default",
             "detach.default",
-            "dropout.default",
-            "feature_alpha_dropout.default",
-            "feature_dropout.default",
             "fill.Scalar",
             "fill.Tensor",
             "hardswish.default",
@@ -282,7 +296,6 @@ RULES: dict[str, Rule] = {
             "lift_fresh_copy.default",
             "log_sigmoid.default",
             "masked_fill.Tensor",
-            "native_dropout.default",
             "polar.default",
             "real.default",
             "resolve_conj.default",
@@ -297,6 +310,20 @@ RULES: dict[str, Rule] = {
         ],
         pointwise,
     ),
+    # elementwise and random
+    **dict.fromkeys(
+        [
+            "alpha_dropout.default",
+            "dropout.default",
+            "feature_alpha_dropout.default",
+            "feature_dropout.default",
+            "native_dropout.default",
+        ],
+        Entry(pointwise, random=Randomness({"p": 0.0, "train": False})),
+    ),
+    "bernoulli.p": Entry(pointwise, random=Randomness(ones=aten.full_like.default)),
+    "bernoulli_.float": Entry(pointwise, random=Randomness(ones=aten.fill_.Scalar)),
+    "rrelu.default": Entry(pointwise, random=Randomness({"training": False})),
     "to.other": shape.like_self,
     "type_as.default": shape.like_self,
 }
@@ -307,15 +334,20 @@ def rule_of(target: object) -> Rule | None:
     """The rule of a node's target, or None. In-place ops have the rule of their functional form."""
     if target is operator.getitem or not isinstance(target, OpOverload):
         return None
-    if target.namespace != "aten":
-        return None
     name = op_name(target).removeprefix("aten.")
-    plain, overload = name.split(".", 1)
+    plain, _, overload = name.rpartition(".")
     functional = f"{plain.removesuffix('_')}.{overload}"
     found = RULES.get(name) or RULES.get(functional)
-    if found is None and (torch.Tag.pointwise in target.tags or _functional_is_pointwise(functional)):
-        found = pointwise
+    if found is None and target.namespace == "aten":
+        pointwise_too = torch.Tag.pointwise in target.tags or _functional_is_pointwise(functional)
+        return pointwise if pointwise_too else None
     return found
+
+
+def entry_of(target: object) -> Entry | None:
+    """All that the table says of a node's target; None for an op without a rule."""
+    rule = rule_of(target)
+    return rule if rule is None or isinstance(rule, Entry) else Entry(rule)
 
 
 def _functional_is_pointwise(name: str) -> bool:

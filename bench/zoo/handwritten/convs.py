@@ -195,6 +195,7 @@ def _weight_normed() -> nn.Module:
         parametrizations.weight_norm(nn.Conv1d(8, 10, 3)),
         nn.ELU(),
         parametrizations.weight_norm(nn.Conv1d(10, 12, 1), dim=1),
+        nn.RReLU(0.2, 0.2),  # random in name only
         nn.Flatten(),
         parametrizations.weight_norm(nn.Linear(12 * 7, 9), dim=None),  # pyright: ignore[reportArgumentType]  documented
         nn.Linear(9, 4),
