@@ -65,6 +65,10 @@ ZOO: dict[str, tuple[str, Mode]] = {
     "windows": ("branches", "eval"),
 }
 RANDOM = 12
+STALE_LSTM = pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="torch 2.11 records the states of an lstm with one dimension too many where sizes are symbolic",
+)
 
 
 def recorded(module: fx.GraphModule, batch: int) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def test_laws_on_random_models(number: int) -> None:
         close(run(made, inputs), run(loaded, inputs), lambda: run(made, nudge(inputs)), "the loaded program")
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=STALE_LSTM) if n == "lstm" else n for n in ZOO])
 def test_laws_on_models_of_the_zoo(name: str) -> None:
     entry, (chain, mode) = MODELS[f"own:{name}"], ZOO[name]
     model = switch_off_randomness(randomise(entry.build().double()))
