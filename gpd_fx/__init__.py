@@ -13,6 +13,7 @@ from gpd_fx.api.export import OnnxReport as OnnxReport
 from gpd_fx.api.export import export_onnx as export_onnx
 from gpd_fx.api.growth import grow as grow
 from gpd_fx.capture.capture import capture as capture
+from gpd_fx.composition.branches import register_branch as register_branch
 from gpd_fx.errors import ArgumentError as ArgumentError
 from gpd_fx.errors import CaptureError as CaptureError
 from gpd_fx.errors import CheckpointError as CheckpointError
@@ -27,6 +28,7 @@ from gpd_fx.errors import VerificationError as VerificationError
 from gpd_fx.losses import GPDLoss as GPDLoss
 from gpd_fx.losses import GPDLosses as GPDLosses
 from gpd_fx.report.expansion_report import ExpansionReport as ExpansionReport
+from gpd_fx.rules.registration import register_rule as register_rule
 from gpd_fx.teacher.dynamic_teacher import DynamicTeacher as DynamicTeacher
 from gpd_fx.teacher.fold import fold as fold
 from gpd_fx.verify.verification import verify as verify

@@ -90,6 +90,7 @@ def make_teacher(
         branch_parameters=sum(p.numel() for p in composition.branches.parameters()),
         branches={name: composition.branch_names(name) for name in parameters if composition.branch_names(name)},
         skipped=composition.skipped,
+        left_by_kernels=composition.left_by_kernels(),
     )
     buffers = wide_buffers(draft)
     drop_parameters(study.skeleton)  # they move, save and count nowhere but in the composition

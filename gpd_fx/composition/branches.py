@@ -8,8 +8,8 @@ A branch adds v[o] * T(theta) to the kernel (g, o, i, *k). Theta is random, v st
 start, and v has a gradient from the first step. Random entries are scaled so that T maps inputs of unit variance to
 outputs of about unit variance.
 
-To add a branch: a `BranchKind` with an entry in `KINDS`. It says where it fits, which tensors it owns, and which terms
-of `gpd_fx.kernels.compose` it is.
+To add a branch: a `BranchKind` with an entry in `KINDS`, or one that `register_branch` is given. It says where it fits,
+which tensors it owns, and which terms of `gpd_fx.kernels.compose` it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import itertools
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from gpd_fx.kernels.compose.compose import (
     tap,
 )
 from gpd_fx.kernels.compose.layout import KernelLayout
+from gpd_fx.kernels.compose.terms import TERMS
 
 MAIN = "kxk"
 """The original weight: always there, without a scale."""
@@ -260,6 +262,41 @@ KINDS: dict[str, type[BranchKind]] = {
 SETS: dict[str, tuple[str, ...]] = {"orepa": (MAIN, "1x1", "1x1-kxk", "1x1-avg", "dwsep", "prior", "lowrank")}
 
 
+def register_branch(kind: type[BranchKind]) -> type[BranchKind]:
+    """Make a kind of branch known by its name, so that `branches=["mine"]` adds it; also a class decorator.
+
+    Args:
+        kind: a subclass of `BranchKind` with a `name`. A teacher that has it can be loaded only where it is registered.
+
+    Returns:
+        The class.
+
+    Raises:
+        ArgumentError: it is no such class, or its name is taken or cannot be written in a list of branches.
+
+    Example:
+        >>> @gpd_fx.register_branch
+        ... class Twice(Pointwise):
+        ...     name = "twice"
+        >>> teacher = gpd_fx.expand(model, 2.0, inputs, branches=["orepa", "twice"])
+    """
+    if not (isinstance(kind, type) and issubclass(kind, BranchKind)):  # pyright: ignore[reportUnnecessaryIsInstance]  users call this
+        raise ArgumentError(f"register_branch: pass a subclass of gpd_fx.composition.branches.BranchKind, got {kind!r}")
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w+-]*", name):
+        raise ArgumentError(
+            f"register_branch: {kind.__name__} needs a class attribute `name` of letters, digits, '-' and '+', "
+            f"got {name!r}"
+        )
+    missing = sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        raise ArgumentError(f"register_branch: {kind.__name__} lacks {', '.join(missing)}")
+    if name in (MAIN, *SETS, *KINDS):
+        raise ArgumentError(f"register_branch: there is a branch or a set called {name!r} already; choose another name")
+    KINDS[name] = kind
+    return kind
+
+
 def resolve_branches(branches: str | Sequence[str] | None) -> tuple[str, ...]:
     """The branch names that a user's choice stands for; `kxk` always comes first.
 
@@ -305,6 +342,25 @@ def find_kind(name: str) -> BranchKind:
             f"branches: the width in {name!r} must be a whole number above 0, such as '{base}:16', or '{base}:{FULL}'"
         )
     return kind(int(width))
+
+
+def checked_terms(kind: BranchKind, scale: Tensor, theta: Mapping[str, Tensor]) -> tuple[Term, ...]:
+    """What a branch adds; `ArgumentError` where no kernel can be composed of that."""
+    terms = kind.terms(scale, theta)
+    for each in map(type, terms):  # of a branch that may be a user's
+        if each not in TERMS:
+            known = ", ".join(term.__name__ for term in TERMS)
+            raise ArgumentError(
+                f"branch {kind.name!r}: {each.__name__} is no term that a kernel is composed of; its `terms` may "
+                f"return {known}"
+            )
+    given = {id(tensor) for tensor in (scale, *theta.values())}
+    if any(id(tensor) not in given for term in terms for tensor in term.tensors):
+        raise ArgumentError(
+            f"branch {kind.name!r}: its terms must hold the tensors that it is given, as they are; make others in "
+            "`fixed`, or scale random ones by their `Init`"
+        )
+    return terms
 
 
 def random_tensor(key: str, init: Init, like: Tensor) -> Tensor:

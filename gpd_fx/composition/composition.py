@@ -21,6 +21,7 @@ from gpd_fx.composition.branches import (
     MAIN,
     BranchKind,
     Sizes,
+    checked_terms,
     find_kind,
     random_tensor,
     resolve_branches,
@@ -44,6 +45,7 @@ from gpd_fx.kernels.compose.compose import (
     Term,
     compose,
 )
+from gpd_fx.kernels.compose.forms import obstacle
 from gpd_fx.kernels.compose.layout import Slice
 from gpd_fx.plan.parameter_plan import ParamPlan
 
@@ -139,12 +141,8 @@ class _Slot:
         theta, fixed = self._theta(number), self.fixed[number]
         known = {id(tensor): _Place(branch.tree, name, None) for name, tensor in theta.items()}
         known |= {id(tensor): _Place(None, name, tensor.flatten(0, 1)) for name, tensor in fixed.items()}
-        terms = branch.kind.terms(theta.pop("v"), theta | fixed)
+        terms = checked_terms(branch.kind, theta.pop("v"), theta | fixed)
         tensors = [tensor for term in terms for tensor in term.tensors]
-        if any(id(tensor) not in known for tensor in tensors):
-            raise TypeError(
-                f"branch {branch.kind.name!r}: its terms must hold the tensors that it is given, as they are"
-            )
         return tuple(Part.of(term) for term in terms), tuple(known[id(tensor)] for tensor in tensors)
 
     def _theta(self, number: int) -> dict[str, Tensor]:
@@ -283,6 +281,12 @@ class Composition(nn.Module):
             if slot.plan.name == name:
                 return () if slot.sizes is None else (MAIN, *(branch.kind.name for branch in slot.branches))
         raise ArgumentError(f"there is no parameter {name!r} in this composition")
+
+    def left_by_kernels(self) -> dict[str, str]:
+        """The parameters that the Triton kernels leave to torch's ops, each with the reason."""
+        recipes = {slot.plan.name: slot.recipe(TOGETHER) for slot in self._slots}
+        reasons = {name: obstacle(recipe) for name, recipe in recipes.items() if not recipe.idle}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def layers(self) -> list[Layer]:
         """What `compose` takes, in the order of the plans."""

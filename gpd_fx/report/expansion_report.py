@@ -26,6 +26,7 @@ class ExpansionReport(ReportData):
         max_error: largest |difference| / |output| found by verification; None where it was not run.
         branches: parameter -> branches that it has.
         skipped: parameter -> branch -> why it does not fit.
+        left_by_kernels: parameter -> why the Triton kernels leave it to torch's ops, on a GPU.
         notes: what else there is to say.
         graph: the ops of the model in eval mode, for `to_svg`.
     """

@@ -85,6 +85,7 @@ class ReportData:
         max_error: largest |difference| / |output| found by verification; None where it was not run.
         branches: parameter -> branches that it has.
         skipped: parameter -> branch -> why it does not fit.
+        left_by_kernels: parameter -> why the Triton kernels leave it to torch's ops, on a GPU.
         notes: what else there is to say.
         graph: the ops of the model in eval mode, for `to_svg`.
     """
@@ -102,6 +103,7 @@ class ReportData:
     max_error: float | None = None
     branches: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
     skipped: dict[str, dict[str, str]] = field(default_factory=dict[str, "dict[str, str]"])
+    left_by_kernels: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
     graph: tuple[Op, ...] = field(default=(), repr=False)
 

@@ -59,6 +59,9 @@ def text(report: ReportData) -> str:
     skipped = _skipped(report)
     if skipped:
         lines += ["", "branches left out", *(f"  {kind}: {reason} ({names})" for kind, reason, names in skipped)]
+    left = _left_by_kernels(report)
+    if left:
+        lines += ["", "left to torch's ops by the Triton kernels", *(f"  {reason} ({names})" for reason, names in left)]
     return "\n".join([*lines, *(f"\nnote: {note}" for note in _notes(report))])
 
 
@@ -105,6 +108,11 @@ def markdown(report: ReportData) -> str:
     if skipped:
         rows = [[_code(kind), _escape(reason), _code(names)] for kind, reason, names in skipped]
         lines += ["", "## Branches left out", *_table(["branch", "reason", "parameters"], rows, left=(0, 1, 2))]
+    left = _left_by_kernels(report)
+    if left:
+        rows = [[_escape(reason), _code(names)] for reason, names in left]
+        lines += ["", "## Left to torch's ops by the Triton kernels"]
+        lines += _table(["reason", "parameters"], rows, left=(0, 1))
     notes = _notes(report)
     if notes:
         lines += ["", "## Notes", "", *(f"- {_escape(note)}" for note in notes)]
@@ -176,6 +184,14 @@ def _skipped(report: ReportData) -> list[tuple[str, str, str]]:
         for kind, reason in kinds.items():
             left_out.setdefault((kind, reason), []).append(name)
     return [(kind, reason, some(names)) for (kind, reason), names in left_out.items()]
+
+
+def _left_by_kernels(report: ReportData) -> list[tuple[str, str]]:
+    """Reason and parameters of layers that the Triton kernels cannot take."""
+    found: dict[str, list[str]] = {}
+    for name, reason in report.left_by_kernels.items():
+        found.setdefault(reason, []).append(name)
+    return [(reason, some(names)) for reason, names in found.items()]
 
 
 def _notes(report: ReportData) -> list[str]:

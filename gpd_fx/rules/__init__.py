@@ -1,5 +1,8 @@
 """Rules: what each op does to axes, and what widening does to the op."""
 
+from gpd_fx.rules.entry import Entry as Entry
+from gpd_fx.rules.entry import Kernel as Kernel
+from gpd_fx.rules.entry import Randomness as Randomness
 from gpd_fx.rules.site import Axes as Axes
 from gpd_fx.rules.site import Rule as Rule
 from gpd_fx.rules.site import Site as Site

@@ -21,6 +21,12 @@ from gpd_fx.kernels.compose.recipe import (
 from gpd_fx.kernels.compose.terms import tap
 
 MOST_FILTERS, MOST_LINES = 3, 3
+_ROOM = {
+    OUTPUT_FILTER: (MOST_FILTERS, "OutputFilter"),
+    INPUT_FILTER: (1, "InputFilter"),
+    PRODUCT: (1, "Product"),
+    LINE: (MOST_LINES, "Line"),
+}
 _LARGEST = 2**31 - 1  # offsets within a tensor are 32-bit
 
 
@@ -47,19 +53,37 @@ class Form:
 @functools.lru_cache(maxsize=4096)
 def form_of(recipe: Recipe) -> Form | None:
     """The form of a layer, or None where the tile kernels cannot take it."""
-    if math.prod(recipe.wide) > _LARGEST or any(part is True for part in recipe.slices):
-        return None
-    active = [d for d in range(len(recipe.wide)) if _active(recipe, d)]
+    return None if obstacle(recipe) is not None else _form(recipe)
+
+
+@functools.lru_cache(maxsize=4096)
+def obstacle(recipe: Recipe) -> str | None:
+    """Why the tile kernels cannot take a layer, or None where they can."""
+    if math.prod(recipe.wide) > _LARGEST:
+        return f"its weight has more than {_LARGEST:,} elements"
+    if any(part is True for part in recipe.slices):
+        return "the student's part of its weight is no run of channels at even distances"
+    if recipe.is_kernel:
+        if any(d >= 2 for d in range(len(recipe.wide)) if _active(recipe, d)):
+            return "more than its outputs and inputs is widened"
+        return _too_many(recipe)
+    active = sum(_active(recipe, d) for d in range(len(recipe.wide)))
+    if recipe.terms:
+        return "it has branches, and is no kernel of a conv or linear op"
+    if not 1 <= active <= 2:
+        return f"{active} of its dimensions are widened; the kernels take one or two"
+    return None if _form(recipe) is not None else "a dimension between the two that are widened, and one behind them"
+
+
+def _form(recipe: Recipe) -> Form | None:
+    """The form of a layer without any other obstacle than where its widened dimensions lie."""
     if recipe.is_kernel:
         assert recipe.layout is not None
-        if any(d >= 2 for d in active) or not _known(recipe):
-            return None
         g, o, i, taps = recipe.canonical
         if recipe.layout.transposed:
             return Form(g, o, taps, i, 1, 0, column_groups=True)
         return Form(g, o, taps, i, 0, 1, row_groups=True)
-    if recipe.terms or not 1 <= len(active) <= 2:
-        return None
+    active = [d for d in range(len(recipe.wide)) if _active(recipe, d)]
     first, last = active[0], active[-1]
     outer, inner = math.prod(recipe.wide[:first]), math.prod(recipe.wide[last + 1 :])
     if first == last:
@@ -76,11 +100,15 @@ def _active(recipe: Recipe, dim: int) -> bool:
     return scaled or (dim < len(recipe.slices) and recipe.slices[dim] is not None)
 
 
-def _known(recipe: Recipe) -> bool:
-    """Whether there are no more terms of a kind than the kernels have room for."""
-    codes = [part.kind for part in recipe.terms]
-    most = {OUTPUT_FILTER: MOST_FILTERS, INPUT_FILTER: 1, PRODUCT: 1, LINE: MOST_LINES}
-    return all(codes.count(code) <= number for code, number in most.items())
+def _too_many(recipe: Recipe) -> str | None:
+    """Which terms are more than the kernels have room for, or of a kind that they do not know."""
+    if any(part.kind not in _ROOM for part in recipe.terms):
+        return "its branches have terms of a kind that the kernels do not know"
+    for code, (most, name) in _ROOM.items():
+        number = sum(part.kind == code for part in recipe.terms)
+        if number > most:
+            return f"its branches have {number} terms of the kind {name}; the kernels have room for {most}"
+    return None
 
 
 def strides_of(form: Form, recipe: Recipe) -> tuple[int, int, int, int]:

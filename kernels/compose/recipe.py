@@ -95,6 +95,11 @@ class Recipe:
     teacher: bool = True
     student: bool = True
 
+    @property
+    def idle(self) -> bool:
+        """Whether both networks have the weight as it is."""
+        return not (self.terms or any(self.alpha) or any(part is not None for part in self.slices))
+
     @staticmethod
     def of(layer: Layer) -> Recipe:
         """What is known about a layer."""

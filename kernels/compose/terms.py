@@ -81,6 +81,8 @@ class Line:
 
 
 Term: TypeAlias = OutputFilter | InputFilter | Product | Line
+TERMS = (OutputFilter, InputFilter, Product, Line)
+"""All kinds."""
 
 
 @dataclass(frozen=True)
