@@ -19,6 +19,9 @@ from gpd_fx.errors import PassError
 from gpd_fx.passes.fingerprint import Fingerprint, Sharing
 from gpd_fx.passes.shapes import refresh_values
 
+IN_CODE_ONLY = "in code only"
+"""Key in the metadata of a pass's field that no text can give."""
+
 
 class PassResult(pass_base.PassResult):
     """The module after a pass, whether the pass changed it, and what it has to say.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from gpd_fx.fxtools.torch_internals import (
     exit_autocast,
     has_structure,
 )
-from gpd_fx.passes.base import Pass, PassResult
+from gpd_fx.passes.base import IN_CODE_ONLY, Pass, PassResult
 from gpd_fx.passes.branch import find_composition
 from gpd_fx.passes.fingerprint import Sharing
 from gpd_fx.passes.raising import raise_ops
@@ -68,8 +68,8 @@ class Normalize(Pass):
     """
 
     parameters: ClassVar[Sharing] = "shared"
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None
-    program: ExportedProgram | None = None
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = field(default=None, metadata={IN_CODE_ONLY: True})
+    program: ExportedProgram | None = field(default=None, metadata={IN_CODE_ONLY: True})
 
     def admits(self, given: Any) -> None:
         """Take modules and exported programs."""

@@ -34,7 +34,7 @@ def plain(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "distill", "fold", "export"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "distill", "fold", "export", "opt"])
 def test_help_teaches_with_examples(command: str) -> None:
     assert f"gpd-fx {command}" in plain(run("--help").stdout)
     result = run(command, "--help")

@@ -20,6 +20,7 @@ from gpd_fx.api.checkpoint import load
 from gpd_fx.api.expansion import inspect_model
 from gpd_fx.api.export import export_onnx
 from gpd_fx.cli.distill import distill
+from gpd_fx.cli.opt import opt
 from gpd_fx.cli.options import (
     Input,
     Ratio,
@@ -84,6 +85,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]  typer calls it
     - `gpd-fx distill --student timm:resnet18,num_classes=10 --data ./images`: train it on folders of images
     - `gpd-fx fold my.models:student teacher.safetensors student.safetensors`: a trained student, plain again
     - `gpd-fx export my.models:student student.onnx --weights student.safetensors`: for ONNX Runtime
+    - `gpd-fx opt model.pt2 -p 'normalize,widen{ratio=2},merge' -o wide.pt2`: passes over an exported program
     """
 
 
@@ -166,6 +168,7 @@ def inspect(
 
 
 app.command()(distill)
+app.command()(opt)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from torch.fx._pytree import tree_flatten_spec
 # This module exists to hold these uses.
 
 OpOverload = torch._ops.OpOverload
+HigherOrderOperator = torch._ops.HigherOrderOperator
 
 
 def schema(op: OpOverload) -> torch.FunctionSchema:
