@@ -112,12 +112,13 @@ def _add(graph: fx.Graph, node: fx.Node, products: Sequence[Beside]) -> None:
         return last
 
     total = node
+    entry = entry_of(node.target)
+    numeric = entry.kernel.numeric if entry is not None and entry.kernel is not None else None
     for product in products:
         point, kernel, scale = (then(graph.get_attr, path) for path in product.paths)
         first = second = (node.target, {})
-        entry = entry_of(node.target)
-        if entry is not None and entry.kernel is not None and entry.kernel.numeric is not None:
-            plain = (entry.kernel.numeric, {"groups": given["groups"]})  # without padding, and of stride 1
+        if numeric is not None:
+            plain = (numeric, {"groups": given["groups"]})  # without padding, and of stride 1
             whole = (node.target, {name: given[name] for name in ("stride", "padding", "dilation", "groups")})
             first, second = (whole, plain) if product.taps == 1 else (plain, whole)
         hidden = then(graph.call_function, first[0], (given["input"], point), first[1])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -19,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from gpd_fx.errors import PassError
+from gpd_fx.fxtools.unknown_names import did_you_mean
 from gpd_fx.passes.base import IN_CODE_ONLY, Pass
 from gpd_fx.passes.branch import Branch
 from gpd_fx.passes.fold import Fold
@@ -105,16 +105,13 @@ def _parse_pass(text: str, whole: str, readers: Mapping[str, Reader]) -> Pass:
     name, given = found[1], found[2] or ""
     kind = PASSES.get(name)
     if kind is None:
-        close = difflib.get_close_matches(name, PASSES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise PassError(f"there is no pass {name!r}{hint} Known: {', '.join(PASSES)}")
-    hints = typing.get_type_hints(kind)
+        raise PassError(f"there is no pass {name!r}{did_you_mean(name, PASSES)}")
+    hints, known = typing.get_type_hints(kind), options_of(kind)
     values: dict[str, Any] = {}
     for item in _split(given, " \t\n,"):
         option, equals, value = item.partition("=")
         if not equals or not value:
             raise PassError(f"{name}: cannot read {item!r}; options are written option=value")
-        known = options_of(kind)
         if option not in known:
             there = f"its options are {', '.join(known)}" if known else "it has none"
             raise PassError(f"{name}: there is no option {option!r}; {there}")

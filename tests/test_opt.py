@@ -8,20 +8,21 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
 
-from gpd_fx.cli.app import app
 from gpd_fx.errors import ArgumentError, PassError
 from gpd_fx.io.programs import read_program, write_program
 from gpd_fx.passes import Branch, FuseDepthwise, Merge, Normalize, Widen
 from gpd_fx.passes.pipeline_text import PASSES, options_of, parse_pipeline
 from gpd_fx.verify.verification import relative_error
+from tests.test_cli import plain
+from tests.test_cli import run as run_command
 
 
 class Sized(nn.Module):
@@ -61,12 +62,7 @@ def file(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_program(program, tmp_path_factory.mktemp("program") / "model.pt2")
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["opt", *map(str, arguments)], catch_exceptions=False)
-
-
-def plain(text: str) -> str:
-    return " ".join(text.replace("│", " ").split())
+run = partial(run_command, "opt")
 
 
 # --------------------------------------------------------------------------------------------------- the text

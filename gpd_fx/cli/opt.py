@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gpd_fx.errors import ArgumentError, PassError
+from gpd_fx.errors import ArgumentError
 from gpd_fx.io.files import output_path
 from gpd_fx.io.programs import read_program, write_program
 from gpd_fx.passes.base import PassResult
@@ -22,6 +22,7 @@ from gpd_fx.passes.fold import plan_of
 from gpd_fx.passes.normalize import Normalize
 from gpd_fx.passes.pipeline import Pipeline
 from gpd_fx.passes.pipeline_text import PASSES, options_of, parse_pipeline, text_name
+from gpd_fx.passes.widen import PLAN
 from gpd_fx.plan.widening_plan import WideningPlan
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def opt(
     names = [step.name for step in steps]
     shown = _names(print_after or (), names)
     program = read_program(source)
-    last: list[PassResult] = []
+    wide: list[fx.GraphModule] = []  # the last graph that knows how it was widened
 
     def after(name: str, result: PassResult) -> None:
         changed = "changed the graph" if result.modified else "changed nothing"
@@ -89,27 +90,18 @@ def opt(
             typer.echo(f"  {note}")
         if name in shown:
             typer.echo(result.graph_module.print_readable(print_output=False))
-        last.append(result)
+        if PLAN in result.graph_module.meta:
+            wide[:] = [result.graph_module]
 
     inputs = _inputs(program) if verify or out is not None else ()
     result = Pipeline(steps, verify=inputs if verify else None, after=after)(program)  # pyright: ignore[reportArgumentType]  the first pass may take a program
     if verify:
         typer.echo("verified: no pass changed the values but those that say so")
     if plan is not None:
-        plan_of(next((r.graph_module for r in reversed(last) if _has_plan(r.graph_module)), result.graph_module)).save(
-            plan
-        )
+        plan_of(wide[0] if wide else result.graph_module).save(plan)
         typer.echo(f"written: {plan}")
     if out is not None:
         typer.echo(f"written: {write_program(_exported(result.graph_module, inputs, program), out)}")
-
-
-def _has_plan(graph: fx.GraphModule) -> bool:
-    try:
-        plan_of(graph)
-    except PassError:
-        return False
-    return True
 
 
 def _graph(path: str) -> fx.GraphModule:

@@ -14,7 +14,6 @@ which tensors it owns, and which terms of `gpd_fx.kernels.compose` it is.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import math
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gpd_fx.errors import ArgumentError
+from gpd_fx.fxtools.unknown_names import did_you_mean
 from gpd_fx.kernels.compose.compose import (
     InputFilter,
     Line,
@@ -328,9 +328,7 @@ def find_kind(name: str) -> BranchKind:
     kind = KINDS.get(base)
     if kind is None:
         known = [*SETS, MAIN, *KINDS]
-        close = difflib.get_close_matches(base, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ArgumentError(f"branches: there is no branch {base!r}{hint} Known: {', '.join(known)}")
+        raise ArgumentError(f"branches: there is no branch {base!r}{did_you_mean(base, known)}")
     if not colon:
         return kind()
     if not kind.has_width:

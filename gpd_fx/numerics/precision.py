@@ -73,7 +73,7 @@ def deterministic(graph: fx.GraphModule, precision: Precision = DOUBLE) -> str |
         random = _randomness(node)
         if random is not None:
             random.switch_off(node)
-        elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        elif _draws(node):
             stubborn = op_name(node.target)
     for module in modules:
         module.recompile()
@@ -84,14 +84,17 @@ def is_random(graph: fx.GraphModule) -> bool:
     """Whether two runs of a graph on the same inputs may differ."""
     for node in [node for module in graphs_of(graph) for node in module.graph.nodes]:
         random = _randomness(node)
-        if random is not None and not random.is_off(node):
-            return True
-        tags = node.target.tags if isinstance(node.target, OpOverload) else ()
-        if random is None and torch.Tag.nondeterministic_seeded in tags:
+        if _draws(node) if random is None else not random.is_off(node):
             return True
     return False
 
 
 def _randomness(node: fx.Node) -> Randomness | None:
-    entry = entry_of(node.target) if node.op == "call_function" else None
+    """How a node's op is kept from drawing, where the table says so."""
+    entry = entry_of(node.target)
     return None if entry is None else entry.random
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether torch says of a node's op that it draws random numbers."""
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

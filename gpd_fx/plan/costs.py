@@ -35,7 +35,7 @@ def contractions(plan: Plan, facts: Facts) -> list[tuple[Expr, ...]]:
 
     found: list[tuple[Expr, ...]] = []
     for node in facts.module.graph.nodes:
-        entry = entry_of(node.target) if node.op == "call_function" else None
+        entry = entry_of(node.target)
         if entry is not None and entry.work is not None:
             found += map(tuple, entry.work(Operands(node, axes(node), axes)))
     return found

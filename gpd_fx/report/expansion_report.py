@@ -15,20 +15,7 @@ from gpd_fx.report.text import markdown, text
 class ExpansionReport(ReportData):
     """What an expansion did.
 
-    `str()` is a table. Parameters are counts; FLOPs are those of one sample's forward pass (a multiply-add is two).
-
-    Attributes:
-        model: class of the student.
-        ratio: as it was asked for.
-        groups: the widened channel groups.
-        frozen: what stays unwidened, the costliest first.
-        coverage: share of the student's parameters that lie on at least one widened axis, 0 to 1.
-        max_error: largest |difference| / |output| found by verification; None where it was not run.
-        branches: parameter -> branches that it has.
-        skipped: parameter -> branch -> why it does not fit.
-        left_by_kernels: parameter -> why the Triton kernels leave it to torch's ops, on a GPU.
-        notes: what else there is to say.
-        graph: the ops of the model in eval mode, for `to_svg`.
+    The fields are those of `ReportData`, which says what they hold; `str()` is a table.
     """
 
     def to_markdown(self) -> str:

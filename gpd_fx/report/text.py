@@ -179,19 +179,15 @@ def _frozen(report: ReportData) -> list[tuple[int, str, str, str]]:
 
 def _skipped(report: ReportData) -> list[tuple[str, str, str]]:
     """Kind, reason and parameters of branches that do not fit."""
-    left_out: dict[tuple[str, str], list[str]] = {}
-    for name, kinds in report.skipped.items():
-        for kind, reason in kinds.items():
-            left_out.setdefault((kind, reason), []).append(name)
-    return [(kind, reason, some(names)) for (kind, reason), names in left_out.items()]
+    entries = [(*why, name) for name, kinds in report.skipped.items() for why in kinds.items()]
+    groups = _alike(entries, lambda entry: entry[:2])
+    return [(*alike[0][:2], some([name for _, _, name in alike])) for alike in groups]
 
 
 def _left_by_kernels(report: ReportData) -> list[tuple[str, str]]:
     """Reason and parameters of layers that the Triton kernels cannot take."""
-    found: dict[str, list[str]] = {}
-    for name, reason in report.left_by_kernels.items():
-        found.setdefault(reason, []).append(name)
-    return [(reason, some(names)) for reason, names in found.items()]
+    groups = _alike(report.left_by_kernels.items(), lambda entry: entry[1])
+    return [(alike[0][1], some([name for name, _ in alike])) for alike in groups]
 
 
 def _notes(report: ReportData) -> list[str]:

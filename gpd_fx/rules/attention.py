@@ -28,14 +28,19 @@ def _grouped(site: Site) -> Einsum:
     return Einsum(f"* (h q) M d, * h N d, * h N e, {mask} -> * (h q) M e")
 
 
+def read_equation(equation: str) -> list[str]:
+    """The letters of each operand of an einsum, and lastly of its result, with `...` where they have one."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    once = sorted(letter for letter in set(left) - set(".,") if left.count(letter) == 1)
+    return [*left.split(","), right if arrow else "".join(["..." * ("..." in left), *once])]
+
+
 def einsum(site: Site) -> Value:
     """torch.einsum: the equation is a rule already. `...` are shared dimensions; what is summed alone is frozen."""
     equation, operands = str(site.arg("equation")).replace(" ", ""), site.arg("tensors")
-    left, arrow, right = equation.partition("->")
-    terms = left.replace("...", "*").split(",")
+    *terms, result = (term.replace("...", "*") for term in read_equation(equation))
     letters = sorted(set("".join(terms)) - {"*"})
-    single = [letter for letter in letters if left.count(letter) == 1]
-    result = right.replace("...", "*") if arrow else "".join(["*" * ("*" in "".join(terms)), *single])
+    single = [letter for letter in letters if "".join(terms).count(letter) == 1]
     if any(len(set(term)) < len(term) for term in terms) or ("*" in "".join(terms) and "*" not in result):
         return site.freeze_all(f"the equation {equation!r} takes a diagonal, or sums over dimensions it does not name")
     words = {

@@ -11,7 +11,7 @@ from gpd_fx.rules.table import entry_of
 
 def weight_layout(node: fx.Node) -> tuple[fx.Node, KernelLayout] | None:
     """The node of the kernel that a conv or linear node uses, and how it does; None for another node."""
-    entry = entry_of(node.target) if node.op == "call_function" else None
+    entry = entry_of(node.target)
     if entry is None or entry.kernel is None:
         return None
     given, kernel = bind(node), entry.kernel

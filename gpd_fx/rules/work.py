@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpd_fx.axes.expressions import Expr
+from gpd_fx.rules.attention import read_equation
 from gpd_fx.rules.entry import Operands, Work
 
 
@@ -55,12 +56,9 @@ def tensordot(call: Operands) -> Sequence[Sequence[Expr]]:
 
 def einsum(call: Operands) -> Sequence[Sequence[Expr]]:
     """An einsum: operands are multiplied from the left, and what no later one has is summed at once."""
-    left, arrow, right = str(call.arg("equation")).replace(" ", "").partition("->")
-    terms = left.split(",")
+    *terms, right = read_equation(str(call.arg("equation")))
     operands = [call.axes_of(node) for node in call.arg("tensors")]
     named = [_letters(term, axes) for term, axes in zip(terms, operands, strict=True)]
-    if not arrow:  # what occurs once is kept
-        right = "".join(sorted({letter for letter in left if left.count(letter) == 1 and letter.isalpha()}))
     kept = {key for term in named for key in term if key.isdigit() or key in right}
     found: list[list[Expr]] = []
     so_far = named[0]
